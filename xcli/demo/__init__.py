@@ -1,0 +1,1 @@
+"""The embedded models, the scenes they were trained on, and their training."""
