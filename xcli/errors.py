@@ -51,3 +51,7 @@ class Interrupted(XaiError):
     def __init__(self, signum: int) -> None:
         super().__init__(f"interrupted by signal {signum}; progress is kept, run the same command to go on")
         self.exit_code = 128 + signum
+
+
+class MemoryExhausted(ModelError):
+    """A single input does not fit into the device's memory."""

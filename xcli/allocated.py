@@ -1,0 +1,113 @@
+"""A file whose space is reserved before it is written, for writers that do not survive a full disk."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from xcli.durable import failpoint, write_all
+
+_UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+class Allocated(io.RawIOBase):
+    """The new file ``path`` with ``size`` bytes reserved, for ``h5py.File(allocated, "w")``.
+
+    ``error`` keeps the first ``OSError`` of a write. ``finish`` cuts the file at its real end and syncs it.
+    Raises ``OSError`` from the constructor where the space cannot be had; nothing was written then.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.error: OSError | None = None
+        self._position = self._end = self._reserved = 0
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            self._reserve(size)
+        except OSError:
+            self.close()
+            raise
+
+    def _reserve(self, size: int) -> None:
+        """Have at least ``size`` bytes on disk; file systems that cannot promise them fail at the write instead."""
+        if size > self._reserved and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+        self._reserved = max(size, self._reserved)
+
+    def write(self, data: Any) -> int:
+        """Write at the position; every byte or an error."""
+        view = memoryview(data).cast("B")
+        end = self._position + len(view)
+        try:
+            self._reserve(end)
+            write_all(self._descriptor, view, self._position)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+        self._position, self._end = end, max(self._end, end)
+        failpoint("merge-write")
+        return len(view)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` from the position."""
+        data = os.pread(self._descriptor, len(buffer), self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move the position; the end is that of the bytes written, not of the space."""
+        self._position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._end}[whence]
+        )
+        return self._position
+
+    def tell(self) -> int:
+        """The position."""
+        return self._position
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the end; the space stays until ``finish``."""
+        self._end = self._position if size is None else size
+        return self._end
+
+    def finish(self) -> None:
+        """Give back what was not used and put the file on disk."""
+        os.ftruncate(self._descriptor, self._end)
+        failpoint("merge-truncated")
+        os.fsync(self._descriptor)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if not self.closed:
+            os.close(self._descriptor)
+        super().close()
+
+    def __enter__(self) -> Self:
+        """The file."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()

@@ -1,0 +1,131 @@
+"""The Python interface: one call on a batch of tensors, the caller's model left exactly as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xcli.errors import ConfigError
+from xcli.execution import Execution
+from xcli.forward import Forward
+from xcli.hooks import frozen
+from xcli.layers import survey
+from xcli.methods.base import Method
+from xcli.models import find_logits
+from xcli.registry import build
+from xcli.score import Score
+from xcli.targets import ClassRows, Predicted, Scale, probabilities, resolve
+
+
+@dataclass(frozen=True)
+class Explanations:
+    """One row an (image, target) pair: N rows, sorted by image, on the device of the images.
+
+    Attributes:
+        map: (N, H, W), or (N, C, H, W) with ``reduce: none``; raw.
+        image, target: (N,) index into the images, class index.
+        score: (N,) the logit of the target; probability: (N,) its softmax.
+        extras: what the method adds, (N,) each.
+    """
+
+    map: Tensor
+    image: Tensor
+    target: Tensor
+    score: Tensor
+    probability: Tensor
+    extras: Mapping[str, Tensor]
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: str | Mapping[str, object] | Method = "gradcam",
+    *,
+    target: int | Sequence[int] | Tensor | None = None,
+    score: Scale | None = None,
+    native: bool = False,
+    output: str | None = None,
+    seed: int = 0,
+    micro_batch: int = 64,
+) -> Explanations:
+    """Explain a batch of preprocessed images.
+
+    Args:
+        model: any network; its mode, flags and weights come back as they were, also after an exception.
+        images: float, (B, C, H, W), on the model's device.
+        method: a name (``xai methods`` lists them), a mapping as in the YAML
+            (``{"name": "gradcam", "layer": "layer3"}``), or a method such as ``GradCAM(layer="layer3")``.
+        target: one class for all images, one class an image (B,), or the predicted class (None).
+        score: logit, probability, log-probability or contrast; None: what the method's paper explains.
+        native: keep the method's own grid instead of the images' size.
+        output: name of the output that holds the logits, where it cannot be found by itself.
+        seed: of random methods; what they draw depends on it and on the image's content only.
+        micro_batch: most inputs in one pass; halved where memory runs out.
+
+    Raises:
+        ConfigError: unknown method or option, a class out of range.
+        ModelError: the model has no layer that fits, or no logits are found.
+
+    >>> import torch, xcli
+    >>> from xcli.demo import nets
+    >>> model, images = nets.load("shapes-cnn"), torch.rand(2, 3, 128, 128)
+    >>> found = xcli.explain(model, images, {"name": "layercam", "layer": "stages"}, target=[3, 5], native=True)
+    >>> found.map.shape, found.target.tolist()
+    (torch.Size([2, 16, 16]), [3, 5])
+    """
+    chosen = method if isinstance(method, Method) else build(method)
+    execution = Execution(micro_batch)
+    with ExitStack() as undo:
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(frozen(model))
+        layers = survey(model, images[:1], output)
+        at = [layer.name for layer in layers.find(getattr(chosen, "layer", ()))] if "layer" in chosen.needs else []
+        forward = Forward(model, images, at, execution, graph="gradients" in chosen.needs)
+        logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
+        rows = _rows(target, logits, output)
+        bound = Score(
+            model, rows, layers, execution, seed, ContentKeys(images), forward if at else None
+        ).scaled(score or chosen.scale)
+        found = chosen.explain(bound, images, None if native else (images.shape[-2], images.shape[-1]))
+        own = logits[rows.image.to(logits.device)]
+        index = rows.target[:, None]
+        return Explanations(
+            found.map.detach(),
+            rows.image,
+            rows.target,
+            own.gather(1, index)[:, 0],
+            probabilities(own).gather(1, index)[:, 0],
+            found.extras,
+        )
+
+
+class ContentKeys(Sequence[str]):
+    """A key an image, made from its values when a method first draws random numbers for it."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int | slice) -> str:  # type: ignore[override]
+        content = self.images[index].detach().cpu().contiguous().numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+
+def _rows(target: int | Sequence[int] | Tensor | None, logits: Tensor, output: str | None) -> ClassRows:
+    count, classes = logits.shape
+    if target is None:
+        return resolve([Predicted()], logits, torch.full((count,), -1), output)
+    wanted = torch.as_tensor(target, dtype=torch.long, device=logits.device)
+    wanted = wanted.expand(count) if wanted.ndim == 0 else wanted
+    if wanted.shape != (count,):
+        raise ConfigError(f"target: one class, or one for each of the {count} images; got {tuple(wanted.shape)}")
+    if int(wanted.min()) < 0 or int(wanted.max()) >= classes:
+        raise ConfigError(f"target: classes go from 0 to {classes - 1}; got {int(wanted.min())}..{int(wanted.max())}")
+    return ClassRows(torch.arange(count), wanted, output)

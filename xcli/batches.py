@@ -1,0 +1,167 @@
+"""One batch: pixels in, the maps and pictures of every row out, copied to the host while the next batch runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from xcli.errors import MemoryExhausted
+from xcli.images import Batch, Source
+from xcli.methods.base import map_status, reduced, resized
+from xcli.models import find_logits
+from xcli.plan import Plan
+from xcli.preprocess import Geometry
+from xcli.render import colour_table, levels, normalise, overlay
+from xcli.targets import ClassRows, probabilities, resolve
+
+
+@dataclass
+class Result:
+    """What a batch of B images and N rows gave; its tensors are on the host once ``wait`` has returned.
+
+    Attributes:
+        images: index among the run's sources of each image that was read, (B,).
+        failed: (source index, reason) of each that was not.
+        image: (N,) place of each row's image in ``images``.
+        columns: by dataset path below the root, such as ``explanations/target`` or ``status/gradcam``, (N,).
+        maps: raw, by the method's label, (N, H, W) or (N, C, H, W).
+        levels: uint8, (N, H, W), the maps as steps of a colour map; overlays: uint8, (N, 3, H, W); each by label,
+            where the config asks for pictures made of them.
+        pixels: what the model saw, uint8 (B, 3, H, W).
+    """
+
+    images: list[int]
+    failed: list[tuple[int, str]]
+    geometry: list[Geometry]
+    image: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    levels: dict[str, Tensor] = field(default_factory=dict)
+    overlays: dict[str, Tensor] = field(default_factory=dict)
+    pixels: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+    def wait(self) -> Result:
+        """Return once the copies from the device have arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self
+
+
+def explained(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Iterator[Result]:
+    """Every method on every row of a batch. Where memory does not suffice even for one input, the images are tried
+    one by one, so that only those that really do not fit fail."""
+    if not batch.rows:
+        yield Result([], batch.failed, [], torch.zeros(0, dtype=torch.long))
+        return
+    try:
+        yield sent(plan, together(plan, batch, sources))
+        return
+    except MemoryExhausted as error:
+        reason = str(error)
+    if len(batch.rows) == 1:
+        failed = [*batch.failed, (batch.rows[0], reason)]
+        yield Result([], failed, [], torch.zeros(0, dtype=torch.long))
+        return
+    plan.execution.micro_batch = plan.batch_size
+    for index in range(len(batch.rows)):
+        failed = batch.failed if index == 0 else []
+        one = Batch([batch.rows[index]], batch.pixels[index : index + 1], [batch.geometry[index]], failed)
+        yield from explained(plan, one, sources)
+
+
+def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
+    """One forward pass for the targets and all CAMs, then each method on the rows that are selected."""
+    pixels = batch.pixels.to(plan.device, non_blocking=True)
+    x = plan.to_input(pixels)
+    forward = plan.forward(x)
+    logits = torch.cat([find_logits(outputs, plan.model.output).detach() for outputs in forward.outputs])
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    labels = torch.tensor([plan.labels[row] for row in batch.rows])
+    rows = selected(resolve(plan.targets, logits, labels, plan.model.output), plan, logits, labels)
+    result = Result(list(batch.rows), batch.failed, batch.geometry, rows.image)
+    own = logits[rows.image.to(logits.device)]
+    index = rows.target[:, None]
+    result.columns = {
+        "explanations/target": rows.target,
+        "explanations/score": own.gather(1, index)[:, 0],
+        "explanations/probability": probabilities(own).gather(1, index)[:, 0],
+    }
+    if len(rows.image):
+        add_maps(plan, result, forward, rows, [sources[row].path for row in batch.rows], x)
+        add_pictures(plan, result, pixels)
+    return result
+
+
+def selected(rows: ClassRows, plan: Plan, logits: Tensor, labels: Tensor) -> ClassRows:
+    """The rows of those images that ``images.only`` asks for."""
+    only = plan.config.images.only
+    if only == "all":
+        return rows
+    best = logits.argmax(1).cpu()
+    if only == "correct":
+        keep = (best == labels) & (labels >= 0)
+    elif only == "wrong":
+        keep = (best != labels) & (labels >= 0)
+    else:
+        keep = probabilities(logits).amax(1).cpu() < only.probability_below
+    mine = keep[rows.image]
+    return ClassRows(rows.image[mine], rows.target[mine.to(rows.target.device)], rows.output)
+
+
+def add_maps(
+    plan: Plan, result: Result, forward: object, rows: ClassRows, keys: Sequence[str], x: Tensor
+) -> None:
+    """Run the methods; those that explain the same unit share their passes."""
+    score = plan.score(forward, rows, keys)
+    scores = {scale: score.scaled(scale) for scale in dict.fromkeys(spec.scale for spec in plan.methods)}
+    stored = None if plan.config.output.heatmap.size == "native" else plan.size
+    for spec in plan.methods:
+        found = spec.method.explain(scores[spec.scale], x, stored)
+        result.maps[spec.label] = found.map
+        result.columns[f"status/{spec.label}"] = map_status(found.map)
+        for name, values in found.extras.items():
+            result.columns[f"extras/{spec.label}/{name}"] = values
+
+
+def add_pictures(plan: Plan, result: Result, pixels: Tensor) -> None:
+    """The uint8 tensors that the pictures of the config are made of."""
+    output = plan.config.output
+    if not output.png:
+        return
+    table = colour_table(output.colormap, plan.device)
+    blended = "panel" in output.png or ("overlay" in output.png and output.overlay_on == "input")
+    stepped = "heatmap" in output.png or ("overlay" in output.png and output.overlay_on == "original")
+    for spec in plan.methods:
+        flat = resized(reduced(result.maps[spec.label], "sum"), plan.size, spec.method.upsampling)
+        scaled = normalise(flat)  # (N, H, W) in [0, 1]
+        if blended:
+            seen = pixels[result.image.to(pixels.device)]
+            result.overlays[spec.label] = overlay(seen, scaled, table, output.alpha)
+        if stepped:
+            result.levels[spec.label] = levels(scaled)
+    result.pixels = pixels
+
+
+def sent(plan: Plan, result: Result) -> Result:
+    """Start copying every tensor to the host, without waiting."""
+    dtype = torch.float16 if plan.config.output.heatmap.dtype == "float16" else torch.float32
+    result.maps = {label: on_host(maps.detach().to(dtype)) for label, maps in result.maps.items()}
+    for group in (result.columns, result.levels, result.overlays):
+        group.update({name: on_host(tensor.detach()) for name, tensor in group.items()})
+    result.pixels = None if result.pixels is None else on_host(result.pixels)
+    if plan.device.type == "cuda":
+        result.arrived = torch.cuda.Event()
+        result.arrived.record()
+    return result
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory that arrives later, or the tensor itself on a CPU."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    landing = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return landing.copy_(tensor, non_blocking=True)

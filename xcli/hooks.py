@@ -1,0 +1,110 @@
+"""What is changed in a model, and always undone: captured layers, frozen weights, swapped forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xcli.errors import ModelError
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """Run ``module`` in eval mode with no parameter asking for a gradient, then put every flag back.
+
+    Each sub-module's own ``training`` flag and each parameter's own ``requires_grad`` are restored, also after an
+    exception. The flags are set directly: a model whose ``eval`` does more than that is not called.
+    """
+    training = [(part, part.training) for part in module.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for part, _ in training:
+            part.training = False
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield module
+    finally:
+        for part, flag in training:
+            part.training = flag
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Keep PyTorch's fused inference path for attention off: it skips the sub-modules that hooks listen to."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def first_tensor(output: Any, layer: str) -> Tensor:
+    """The tensor a layer yields: itself, or the first entry of the tuple it returns."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise ModelError(f"layer {layer!r} returns {type(output).__name__}, not a tensor; name another layer")
+
+
+def with_tensor(output: Any, tensor: Tensor) -> Any:
+    """``output`` with its first tensor replaced, in the container it came in."""
+    if isinstance(output, Tensor):
+        return tensor
+    return type(output)((tensor, *output[1:])) if type(output) in (tuple, list) else (tensor, *output[1:])
+
+
+@contextmanager
+def recording(module: nn.Module, layers: Sequence[str], *, graph: bool) -> Iterator[dict[str, Tensor]]:
+    """Keep the outputs of ``layers`` from the one forward pass inside the block.
+
+    With ``graph``, run that forward under ``torch.no_grad()``: whatever precedes the first of the layers costs
+    plain inference, that layer's output becomes a leaf, and recording goes on from there, so a backward pass
+    covers the tail alone. The model goes on with a copy, so a later in-place ReLU cannot rewrite what was kept.
+
+    Raises:
+        ModelError: a layer ran twice in one forward (its maps would be ambiguous), or yields no tensor.
+    """
+    kept: dict[str, Tensor] = {}
+
+    def listen(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+            if name in kept:
+                raise ModelError(
+                    f"layer {name!r} runs more than once in a forward pass; name a layer that runs once"
+                )
+            tensor = first_tensor(output, name)
+            if graph and not torch.is_grad_enabled():
+                tensor = tensor.detach().requires_grad_()
+                torch.set_grad_enabled(True)
+            kept[name] = tensor
+            return with_tensor(output, tensor.clone())
+
+        return keep
+
+    with ExitStack() as undo:
+        undo.enter_context(unfused())
+        for name in layers:
+            undo.callback(module.get_submodule(name).register_forward_hook(listen(name)).remove)
+        yield kept
+
+
+@contextmanager
+def swapped(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``part`` answer with ``forward`` instead of its own inside the block."""
+    had, before = "forward" in vars(part), vars(part).get("forward")
+    part.forward = forward
+    try:
+        yield
+    finally:
+        if had:
+            part.forward = before  # type: ignore[assignment]
+        else:
+            del part.forward

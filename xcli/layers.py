@@ -1,0 +1,210 @@
+"""Layers of a network: what each module yields, the default layer, layers by name.
+
+``survey`` runs one forward and one backward pass and needs no table of architectures. What it records of every
+module call: the shape of its output, the ``Grid`` by which that output is a map of the picture, and the share of
+cells whose value can still change what the network answers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from xcli.errors import ModelError
+from xcli.grids import Grid as Grid
+from xcli.hooks import frozen, unfused
+from xcli.trace import Call, Trace
+
+_NEAREST = 5
+_ALIVE = 0.5
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module by name, the shape of its output for one picture, and its grid where it has one."""
+
+    name: str
+    grid: Grid | None
+    shape: tuple[int, ...]
+
+    def maps(self, t: Tensor) -> Tensor:
+        """Raw output (N, *shape) to maps (N, K, h, w).
+
+        Raises:
+            ModelError: the layer has no grid, or ``t`` is not on it.
+        """
+        if self.grid is None:
+            raise ModelError(f"layer {self.name!r} has no spatial map: its output has shape {self.shape}")
+        return self.grid.maps(t)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the survey saw of one module; ``shape`` and ``grid`` are those of its last call."""
+
+    name: str
+    kind: str
+    calls: int
+    shape: tuple[int, ...] | None
+    grid: Grid | None
+    default: bool = False
+
+    @property
+    def depth(self) -> int:
+        """How many modules enclose it, the network itself not counted."""
+        return self.name.count(".")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The modules of one network as one forward pass used them.
+
+    ``rows`` are in the order of definition, parents before children; ``order`` holds the names of those that ran,
+    in the order in which their (last) call ended; ``aliases`` maps other names of a shared module to its first.
+    """
+
+    rows: tuple[Row, ...]
+    order: tuple[str, ...]
+    aliases: dict[str, str]
+
+    @property
+    def default(self) -> Layer:
+        """The last layer before the head with a map in which at least half of the cells matter to the answer.
+
+        Raises:
+            ModelError: there is none.
+        """
+        for row in self.rows:
+            if row.default:
+                return self._layer(row)
+        raise ModelError(
+            "no layer before the head has a spatial map that the answer depends on; "
+            "name one with `layer:` (`xai layers CONFIG` lists them)"
+        )
+
+    def find(self, spec: str | Sequence[str]) -> tuple[Layer, ...]:
+        """Layers by name, each once: "auto", a name, a wildcard (those with a map, as they ran), or a list of these.
+
+        Raises:
+            ModelError: a name is unknown, ran not at all or several times, or a wildcard finds no layer with a map.
+        """
+        names = [spec] if isinstance(spec, str) else list(spec)
+        if not names:
+            raise ModelError("no layer is named; `layer: auto` takes the default one")
+        found = {layer.name: layer for name in names for layer in self._matching(name)}
+        return tuple(found.values())
+
+    def _matching(self, name: str) -> Iterator[Layer]:
+        if name == "auto":
+            yield self.default
+        elif any(sign in name for sign in "*?["):
+            yield from self._wildcard(name)
+        else:
+            yield self._layer(self._named(name))
+
+    def _wildcard(self, pattern: str) -> Iterator[Layer]:
+        by_name = {row.name: row for row in self.rows}
+        matching = [row for row in self.rows if fnmatchcase(row.name, pattern)]
+        usable = [by_name[name] for name in self.order if fnmatchcase(name, pattern)]
+        usable = [row for row in usable if row.calls == 1 and row.grid is not None]
+        if not usable:
+            seen = f"{len(matching)} modules, none with a spatial map" if matching else "no module"
+            raise ModelError(f"layer {pattern!r} matches {seen}; `xai layers CONFIG` lists them")
+        yield from map(self._layer, usable)
+
+    def _named(self, name: str) -> Row:
+        own = self.aliases.get(name, name)
+        row = next((row for row in self.rows if row.name == own), None)
+        if row is None:
+            near = difflib.get_close_matches(name, [row.name for row in self.rows], n=_NEAREST, cutoff=0.4)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise ModelError(f"there is no layer {name!r}{hint}; `xai layers CONFIG` lists them")
+        if row.calls != 1:
+            raise ModelError(self._unusable(row))
+        return row
+
+    def _unusable(self, row: Row) -> str:
+        within = [
+            other.name for other in self.rows if other.calls == 1 and other.name.startswith(row.name + ".")
+        ]
+        parents = [
+            other.name for other in self.rows if other.calls == 1 and row.name.startswith(other.name + ".")
+        ]
+        if row.calls:
+            why = f"runs {row.calls} times in one forward pass, so its map is ambiguous"
+        else:
+            why = "does not run in a forward pass"
+        near = ([] if row.calls else sorted(within, key=lambda name: name.count("."))) or parents[::-1]
+        hint = f"; name a layer that runs once, such as {', '.join(near[:_NEAREST])}" if near else ""
+        return f"layer {row.name!r} {why}{hint}"
+
+    def _layer(self, row: Row) -> Layer:
+        return Layer(row.name, row.grid, row.shape or ())
+
+
+def survey(module: nn.Module, x: Tensor, output: str | None = None) -> Layers:
+    """Run ``module`` on ``x`` once, forward and backward, and record every module call.
+
+    The default layer is the last one, in the order in which calls end, that ends before the head begins, has a map
+    of more than one cell, changes its input (dropout in eval mode and reshapes do not), is no average pooling and,
+    on tokens, no ``nn.Linear`` (queries, keys, values), and in whose map at least half of the cells get a gradient.
+    The head is the last module with parameters that yields the logits. What is differentiated is a fixed random
+    projection of the head's input, not of the logits: a head that starts at zero would hide all gradients.
+
+    Parameters, buffers, flags and hooks of ``module`` are left as they were, also after an exception.
+
+    Args:
+        x: preprocessed images (B, C, H, W); one is enough.
+        output: which of several outputs holds the logits (``models.find_logits``).
+    Raises:
+        ModelError: the network takes no hooks (TorchScript). What its forward raises is passed on.
+    """
+    trace = Trace(module, x)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(module), unfused():
+        pixels = x.detach().clone().requires_grad_()
+        with trace:
+            outputs = module(pixels.clone())  # a copy: some networks normalise their input in place
+        head = trace.differentiate(outputs, output, pixels)
+    return _layers(module, trace.calls, _default(trace.calls, head))
+
+
+def _default(calls: Sequence[Call], head: Call | None) -> str | None:
+    ran = [call.name for call in calls]
+    before = calls if head is None else calls[: next(i for i, call in enumerate(calls) if call is head)]
+    for call in reversed(before):
+        share = call.alive.share
+        if (
+            call.may_be_default()
+            and ran.count(call.name) == 1
+            and share is not None
+            and share.item() >= _ALIVE
+        ):
+            return call.name
+    return None
+
+
+def _layers(module: nn.Module, calls: Sequence[Call], default: str | None) -> Layers:
+    last = {call.name: call for call in calls}
+    ran = [call.name for call in calls]
+    names = {part: name for name, part in module.named_modules()}
+    rows = tuple(
+        Row(
+            name,
+            type(part).__name__,
+            ran.count(name),
+            call and call.shape,
+            call and call.grid,
+            name == default,
+        )
+        for part, name in names.items()
+        for call in [last.get(name)]
+        if name
+    )
+    order = tuple(sorted(last, key=lambda name: len(ran) - ran[::-1].index(name)))
+    every = module.named_modules(remove_duplicate=False)
+    return Layers(rows, order, {name: names[part] for name, part in every if name != names[part]})

@@ -1,0 +1,104 @@
+"""What every explanation method shares: options, the declaration of its needs, and the finish of its maps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from xcli.registry import options
+from xcli.score import Scale, Score
+
+Need = Literal["gradients", "layer", "attention", "rectifiers", "structure"]
+Reduce = Literal["none", "sum", "mean", "max", "l2"]
+
+OK, FLAT, NOT_FINITE, FAILED = range(4)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A raw map, (N, h, w) or (N, C, H, W), and what the method adds for each row: name -> (N,)."""
+
+    map: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@options
+class Method(ABC):
+    """One way to say which pixels a score depends on; its fields are its options.
+
+    Class attributes say what the pipeline has to know before a run: ``scale``, the number that the paper explains;
+    ``needs``, what must be there (``gradients``, a ``layer`` with a map, ``attention``, a network of
+    ``rectifiers``, the ``structure`` as written: no batch norm folded away); ``cost`` in passes an image; ``source``, the paper; ``presets``, the named definitions of
+    other implementations as option defaults; ``small``, options at which the method runs in milliseconds.
+    """
+
+    name: ClassVar[str]
+    scale: ClassVar[Scale] = "logit"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    cost: ClassVar[str]
+    source: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+    small: ClassVar[Mapping[str, object]] = {}
+
+    reduce: Annotated[
+        Reduce,
+        Field(
+            description="how a map with colour channels becomes one number a pixel; other maps stay as they are"
+        ),
+    ] = "sum"
+    upsampling: Annotated[
+        Literal["bilinear", "bicubic", "nearest"],
+        Field(description="how a map smaller than the input is brought to its size"),
+    ] = "bilinear"
+
+    @abstractmethod
+    def attribute(self, score: Score, x: Tensor) -> Tensor | Attribution:
+        """Explain every row of ``score`` on the images ``x``, (B, C, H, W): maps of N >= B rows.
+
+        Returns (N, h, w) or (N, C, H, W), raw: signed where the method is, never normalised.
+        """
+
+    def explain(self, score: Score, x: Tensor, size: tuple[int, int] | None = None) -> Attribution:
+        """``attribute``, then channels reduced and the map brought to ``size`` (H, W); ``None`` keeps its grid."""
+        found = self.attribute(score, x)
+        found = Attribution(found) if isinstance(found, Tensor) else found
+        return Attribution(resized(reduced(found.map, self.reduce), size, self.upsampling), found.extras)
+
+
+def reduced(maps: Tensor, how: Reduce) -> Tensor:
+    """Colour channels of (N, C, H, W) brought to one number a pixel (N, H, W); ``max`` is of absolute values."""
+    if maps.ndim == 3 or how == "none":
+        return maps
+    match how:
+        case "sum":
+            return maps.sum(1)
+        case "mean":
+            return maps.mean(1)
+        case "max":
+            return maps.abs().amax(1)
+        case "l2":
+            return maps.norm(dim=1)
+
+
+def resized(maps: Tensor, size: tuple[int, int] | None, mode: str) -> Tensor:
+    """Maps (N, h, w) or (N, C, h, w) brought to ``size``; corners are not aligned, as in ``F.interpolate``."""
+    if size is None or maps.shape[-2:] == size:
+        return maps
+    stacked = maps if maps.ndim == 4 else maps[:, None]  # (N, 1, h, w)
+    grown = F.interpolate(stacked, size=size, mode=mode, align_corners=None if mode == "nearest" else False)
+    return grown if maps.ndim == 4 else grown[:, 0]
+
+
+def map_status(maps: Tensor) -> Tensor:
+    """One code a row: 0 usable, 1 flat (all pixels equal, so it points nowhere), 2 not finite. (N,) uint8."""
+    rows = maps.flatten(1)
+    flat = rows.amax(1) == rows.amin(1)
+    finite = torch.isfinite(rows).all(1)
+    return torch.where(finite, torch.where(flat, FLAT, OK), NOT_FINITE).to(torch.uint8)

@@ -1,0 +1,58 @@
+"""CAMs from the main directions of a layer's activations; no gradient, and the class plays no part."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from xcli.methods.cam.base import CAM, fused
+from xcli.registry import method
+from xcli.score import Score
+
+
+@method("eigencam")
+class EigenCAM(CAM):
+    r"""What stands out in a layer: its activations projected on their first principal component.
+
+    .. math:: (A - \bar A)\, v_1, \qquad A \in R^{hw \times K},\ v_1 \text{ the first right singular vector of } A - \bar A
+
+    with the mean of each channel over the places taken off. Not class specific: rows of one image get one map.
+    Unit: that of the activations; signed.
+    The sign of a singular vector is arbitrary; here it is the one in which the map's largest absolute value is
+    positive. Source: Muhammad and Yeasin 2020, arXiv:2008.00299. Departs: the paper does not take the mean off; the
+    grad-cam package does, and so does this.
+    """
+
+    source: ClassVar[str] = "Muhammad and Yeasin 2020, arXiv:2008.00299"
+    cost: ClassVar[str] = "1 forward + 1 eigendecomposition of hw x hw"
+
+    def attribute(self, score: Score, x: Tensor) -> Tensor:
+        layers = score.layers.find(self.layer)
+        acts = score.activations(x, at=layers)
+        maps = [first_component(layer.maps(own)) for layer, own in zip(layers, acts, strict=True)]
+        return fused(maps, self.fusion)[score.image.to(x.device)]
+
+
+def first_component(acts: Tensor) -> Tensor:
+    """Projection (B, h, w) of centred activations (B, K, h, w) on their first right singular vector.
+
+    The singular vectors come from the smaller of the two Gram matrices, hw x hw or K x K, in one batched
+    decomposition; in float64, since squaring the matrix squares its condition number.
+    """
+    rows = acts.flatten(2).transpose(1, 2).double()  # (B, hw, K)
+    rows = rows - rows.mean(1, keepdim=True)
+    if rows.shape[1] <= rows.shape[2]:
+        power, left = torch.linalg.eigh(rows @ rows.transpose(1, 2))  # ascending
+        maps = left[:, :, -1] * power[:, -1:].clamp_min(0).sqrt()  # (B, hw) = u_1 s_1
+    else:
+        _, right = torch.linalg.eigh(rows.transpose(1, 2) @ rows)
+        maps = (rows @ right[:, :, -1:])[..., 0]
+    return towards_positive(maps).unflatten(1, acts.shape[2:]).to(acts.dtype)
+
+
+def towards_positive(maps: Tensor) -> Tensor:
+    """Maps (B, hw) with the sign in which their largest absolute value is positive."""
+    peak = maps.gather(1, maps.abs().argmax(1, keepdim=True))
+    return torch.where(peak < 0, -maps, maps)

@@ -1,0 +1,295 @@
+"""Everything a run has to know before its first image: what is `auto` in the config is decided here, once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xcli import tuning
+from xcli.config import Config, MethodSpec, resolve_targets
+from xcli.errors import ConfigError, InputError, ModelError
+from xcli.execution import Execution
+from xcli.forward import Forward
+from xcli.hooks import frozen
+from xcli.images import BadImage, Source, image_size
+from xcli.layers import Layers, survey
+from xcli.methods.base import Attribution, resized
+from xcli.models import Model, find_logits, load_model
+from xcli.preprocess import Preprocess
+from xcli.score import Score
+from xcli.targets import ClassRows, Predicted, Target, Top, Classes, resolve
+
+PART_SECONDS = 60.0
+PART_BYTES = 256 << 20
+PART_IMAGES = 256
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on its device, ready to explain, and every choice that is fixed for the run.
+
+    Attributes:
+        preprocess: gives ``size`` (H, W) for every image.
+        methods: as configured, their layers by name.
+        at: the layers that any of the methods looks at.
+        labels: class index of each image, -1 where it has none.
+        batch_size: images in a batch; a part holds whole batches, so a batch is the same in every run.
+        shapes: of one stored map, by the method's label.
+        seconds: what one image took when the plan was made, all methods together.
+    """
+
+    config: Config
+    model: Model
+    device: torch.device
+    dtype: torch.dtype
+    preprocess: Preprocess
+    size: tuple[int, int]
+    targets: tuple[Target, ...]
+    labels: tuple[int, ...]
+    methods: tuple[MethodSpec, ...]
+    layers: Layers
+    at: tuple[str, ...]
+    execution: Execution
+    batch_size: int
+    shapes: Mapping[str, tuple[int, ...]]
+    seconds: float
+    folds: int
+
+    @property
+    def part_length(self) -> int:
+        """Images a part: about a minute's work and at most 256 MB of maps, in whole batches."""
+        maps = sum(4 * int(torch.Size(shape).numel()) for shape in self.shapes.values())
+        most = min(PART_IMAGES, PART_BYTES / (maps * self.most_rows + 1), PART_SECONDS / max(self.seconds, 1e-6))
+        return max(1, int(most) // self.batch_size) * self.batch_size
+
+    @property
+    def most_rows(self) -> int:
+        """Most targets that one image can have."""
+        return most_rows(self.targets)
+
+    def resolved(self) -> dict[str, Any]:
+        """What was decided, as JSON: kept in the record, given back to ``prepared`` when the run goes on."""
+        return {
+            "size": list(self.size),
+            "batch_size": self.batch_size,
+            "layers": {spec.label: list(layers_of(spec, self.layers)) for spec in self.methods},
+            "shapes": {label: list(shape) for label, shape in self.shapes.items()},
+            "folded": self.folds,
+            "preprocess": self.preprocess.describe(),
+        }
+
+    def to_input(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) on the device -> normalised model input, in the layout the model likes."""
+        x = self.preprocess.normalise(pixels, self.dtype)
+        layout = torch.channels_last if self.config.runtime.channels_last else torch.contiguous_format
+        return x.contiguous(memory_format=layout)
+
+    def forward(self, x: Tensor) -> Forward:
+        """The one pass over a batch that serves the targets and every CAM."""
+        graph = any("gradients" in spec.method.needs for spec in self.methods)
+        return Forward(self.model.module, x, self.at, self.execution, graph=graph)
+
+    def score(self, forward: Forward, rows: ClassRows, keys: Sequence[str]) -> Score:
+        """The rows of a batch, bound to the model."""
+        return Score(
+            self.model.module, rows, self.layers, self.execution, self.config.runtime.seed, keys, forward
+        )
+
+
+def most_rows(targets: Sequence[Target]) -> int:
+    """Most rows that these targets give one image."""
+    sizes = {Top: lambda t: t.k, Classes: lambda t: len(t.indices)}
+    return sum(sizes.get(type(target), lambda _t: 1)(target) for target in targets)
+
+
+@contextmanager
+def prepared(config: Config, sources: Sequence[Source], known: Mapping[str, Any] | None = None) -> Iterator[Plan]:
+    """Load the model, decide what is `auto`, try every method on one image; the model is put back at the end.
+
+    Args:
+        sources: the images of the run.
+        known: ``Plan.resolved`` of the run that goes on; its choices are taken again.
+
+    Raises:
+        ConfigError, ModelError, InputError: what the user has to change before anything can run.
+    """
+    known = known or {}
+    device = chosen_device(config.runtime.device)
+    dtype = DTYPES.get(config.runtime.precision, torch.float32)
+    model = load_model(config.model_spec(), device)
+    model.module.to(dtype)
+    with ExitStack() as undo:
+        undo.enter_context(tuning.exact())
+        undo.enter_context(frozen(model.module))
+        size = tuple(known["size"]) if known else input_size(config, model.preprocess, sources)
+        preprocess = model.preprocess.with_size(size)
+        if config.runtime.channels_last:
+            undo.enter_context(tuning.channels_last(model.module))
+        x = noise(preprocess, size, device, dtype)
+        layers = survey(model.module, x, model.output)
+        methods = tuple(pinned(spec, layers, known.get("layers", {})) for spec in config.methods)
+        at = tuple(dict.fromkeys(name for spec in methods for name in layers_of(spec, layers)))
+        folds = 0
+        if config.runtime.fold and not any("structure" in spec.method.needs for spec in methods):
+            folds = undo.enter_context(tuning.folded(model.module, x, at))
+        plan = Plan(
+            config=config,
+            model=model,
+            device=device,
+            dtype=dtype,
+            preprocess=preprocess,
+            size=size,
+            targets=resolve_targets(config, model.categories),
+            labels=label_indices(config, [source.label for source in sources], model.categories),
+            methods=methods,
+            layers=layers,
+            at=at,
+            execution=Execution(1, AUTOCAST.get(config.runtime.precision)),
+            batch_size=1,
+            shapes={},
+            seconds=0.0,
+            folds=folds,
+        )
+        yield tried(plan, x, known)
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    if (device.index or 0) >= count:
+        raise ConfigError(f"runtime.device: {name} is not there ({count} {device.type} devices); use auto or cpu")
+    return device
+
+
+def input_size(config: Config, preprocess: Preprocess, sources: Sequence[Source]) -> tuple[int, int]:
+    """The one input size (H, W) of a run: the preprocessing's, else ``images.size``, else the first readable image's.
+
+    Raises:
+        InputError: no image can be read.
+    """
+    if config.images.size is not None:
+        return preprocess.with_size(config.images.size).size or config.images.size
+    if preprocess.size is not None:
+        return preprocess.size
+    for source in sources:
+        try:
+            return preprocess.size_for(*image_size(source.file))
+        except BadImage:
+            continue
+    raise InputError(f"none of the {len(sources)} images can be read; set images.size: [H, W] to run all the same")
+
+
+def noise(preprocess: Preprocess, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One picture of seeded noise as model input, (1, 3, H, W)."""
+    pixels = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return preprocess.normalise(pixels.to(device), dtype)
+
+
+def layers_of(spec: MethodSpec, layers: Layers) -> tuple[str, ...]:
+    """Names of the layers that a method looks at."""
+    wanted = getattr(spec.method, "layer", None)
+    return tuple(layer.name for layer in layers.find(wanted)) if wanted is not None else ()
+
+
+def pinned(spec: MethodSpec, layers: Layers, known: Mapping[str, Sequence[str]]) -> MethodSpec:
+    """The method with its layers by name and checked: a missing one, or one without a map, is refused here."""
+    if not hasattr(spec.method, "layer"):
+        return spec
+    if spec.label in known:
+        found = layers.find(tuple(known[spec.label]))
+    else:
+        found = layers.find(spec.method.layer)
+    for layer in found:
+        if layer.grid is None:
+            raise ModelError(
+                f"{spec.label}: layer {layer.name!r} has no spatial map (its output has shape {layer.shape}); "
+                "`xai layers CONFIG` shows the layers that have one"
+            )
+    return replace(spec, method=replace(spec.method, layer=tuple(layer.name for layer in found)))
+
+
+def label_indices(config: Config, labels: Sequence[str | None], categories: Sequence[str]) -> tuple[int, ...]:
+    """Class index of each label: a category's name, else its number, else the folder's place among all folders.
+
+    The last is torchvision's ImageFolder rule and holds where there are as many folders as classes and no folder
+    is a category. -1 where there is no label or no such class.
+
+    Raises:
+        ConfigError: the config needs labels and none of them is a class.
+    """
+    by_name = {name.casefold(): index for index, name in reversed(list(enumerate(categories)))}
+    distinct = sorted({label for label in labels if label})
+    found = {label: by_name.get(label.casefold(), number(label, len(categories))) for label in distinct}
+    if config.images.labels == "folder" and len(distinct) == len(categories) and max(found.values(), default=-1) < 0:
+        found = {label: index for index, label in enumerate(distinct)}
+    if distinct and max(found.values()) < 0 and config.needs_labels:
+        raise ConfigError(
+            f"images.labels: none of the labels is a class of the model: {', '.join(map(repr, distinct[:3]))}...; "
+            f"classes are {', '.join(map(repr, categories[:3]))}..."
+        )
+    return tuple(found[label] if label else -1 for label in labels)
+
+
+def number(label: str, count: int) -> int:
+    """The class index written out in ``label``, or -1."""
+    return int(label) if label.isascii() and label.isdigit() and int(label) < count else -1
+
+
+def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
+    """The plan after every method has run on one picture: shapes of the maps, time, and the size of a batch."""
+    shapes = {}
+    began = time.perf_counter()
+    if plan.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(plan.device)
+    used = torch.cuda.memory_allocated(plan.device) if plan.device.type == "cuda" else 0
+    for label, found in explanations(plan, x):
+        stored = found.map if plan.config.output.heatmap.size == "native" else resized(found.map, plan.size, "nearest")
+        shapes[label] = tuple(stored.shape[1:])
+    seconds = time.perf_counter() - began
+    if known:
+        batch, shapes = known["batch_size"], {k: tuple(v) for k, v in known["shapes"].items()}
+    elif plan.config.runtime.batch_size != "auto":
+        batch = plan.config.runtime.batch_size
+    else:
+        batch = fitting_batch(plan, used, len(x))
+    execution = Execution(batch, plan.execution.precision)
+    return replace(plan, batch_size=batch, shapes=shapes, seconds=seconds, execution=execution)
+
+
+def explanations(plan: Plan, x: Tensor) -> Iterator[tuple[str, Attribution]]:
+    """Each method's raw maps for the predicted class of ``x``."""
+    forward = plan.forward(x)
+    logits = torch.cat([find_logits(found, plan.model.output).detach() for found in forward.outputs])
+    rows = resolve([Predicted()], logits, torch.full((len(x),), -1), plan.model.output)
+    score = plan.score(forward, rows, ["probe"] * len(x))
+    for spec in plan.methods:
+        yield spec.label, spec.method.explain(score.scaled(spec.scale), x)
+
+
+def fitting_batch(plan: Plan, used: int, images: int) -> int:
+    """A power of two: on a GPU, what fits half of the free memory (at most 128); on a CPU, 16 at 224 x 224 pixels
+    and more for smaller pictures, since a batch that leaves the caches is no faster."""
+    if plan.device.type == "cuda":
+        each = max(1, (torch.cuda.max_memory_allocated(plan.device) - used) // images)
+        most = min(128, torch.cuda.mem_get_info(plan.device)[0] // 2 // each)
+    else:
+        most = min(32, max(1, 16 * 224 * 224 // (plan.size[0] * plan.size[1])))
+    rows = PART_BYTES // (4 * max(1, sum(int(torch.Size(s).numel()) for s in plan.shapes.values())) * plan.most_rows)
+    return 1 << max(0, min(int(most), max(1, rows)).bit_length() - 1)
+
+

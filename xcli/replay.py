@@ -1,0 +1,175 @@
+"""Run a network from the output of one layer on, whatever its graph: what came before is answered from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xcli.errors import ModelError
+from xcli.hooks import first_tensor, swapped, unfused, with_tensor
+
+
+@dataclass
+class _Call:
+    """One finished call of a module outside of which no other finished call lies."""
+
+    module: nn.Module
+    depth: int
+    output: Any
+
+
+class _Watch(TorchDispatchMode):
+    """Note which stored tensors are read by operations that a replay will run again.
+
+    A replay skips whole module calls, but the functional code of the layer's parents (an addition, a
+    concatenation) and everything after the layer runs again. What only skipped calls read is never looked at, so
+    the replay hands out a view of one image there instead of copying one image's value for every copy.
+    """
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.recorder.runs_again:
+            touched = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
+            self.read |= touched
+            if func._schema.is_mutable:  # the replay will change it again, so keep it as it is now
+                self.read |= self.recorder.copied(touched)
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder:
+    """Follow one forward pass up to ``layer`` and keep the outermost calls that finished before it."""
+
+    def __init__(self, root: nn.Module, layer: str) -> None:
+        self.names = {part: name for name, part in root.named_modules()}
+        self.layer = root.get_submodule(layer)
+        self.ancestors = {
+            root,
+            *(root.get_submodule(layer.rsplit(".", k)[0]) for k in range(1, layer.count(".") + 1)),
+        }
+        self.stack: list[nn.Module] = []
+        self.calls: list[_Call] = []
+        self.reached = False
+        self.output: Any = None
+
+    @property
+    def runs_again(self) -> bool:
+        return self.reached or (bool(self.stack) and self.stack[-1] in self.ancestors)
+
+    def enter(self, module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        self.stack.append(module)
+
+    def leave(self, module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        self.stack.pop()
+        if self.reached:
+            return
+        depth = len(self.stack)
+        self.calls = [call for call in self.calls if call.depth <= depth]  # its inner calls need no memory
+        if module is self.layer:
+            self.reached, self.output = True, _mapped(torch.clone, output)
+        else:
+            self.calls.append(_Call(module, depth, output))
+
+    def copied(self, storages: set[int]) -> set[int]:
+        """Replace what is kept in ``storages`` by copies; returns where the copies are stored."""
+        copies: set[int] = set()
+
+        def copy(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in storages:
+                return tensor
+            twin = tensor.clone()
+            copies.add(twin.untyped_storage().data_ptr())
+            return twin
+
+        for call in self.calls:
+            call.output = _mapped(copy, call.output)
+        return copies
+
+
+class Replay:
+    """``module`` as a function of the output of ``layer``: ``replay(acts, image)`` equals the whole forward pass.
+
+    Built from one forward pass on ``x`` (B, C, H, W). ``acts`` (M, ...) stands in for the layer's output of
+    copies of the images ``image`` (M,), an index into the batch. A skip connection around the layer sees each
+    copy's own image. Costs the part of the network after the layer only.
+    """
+
+    def __init__(self, module: nn.Module, layer: str, x: Tensor) -> None:
+        self.module, self.layer = module, layer
+        recorder = _Recorder(module, layer)
+        watch = _Watch(recorder)
+        with torch.no_grad(), unfused(), ExitStack() as undo:
+            for part in module.modules():
+                undo.callback(part.register_forward_pre_hook(recorder.enter).remove)
+                undo.callback(part.register_forward_hook(recorder.leave).remove)
+            with watch:
+                module(x)
+        if not recorder.reached:
+            raise ModelError(f"layer {layer!r} does not run in a forward pass")
+        self.x, self.calls, self.output = x, recorder.calls, recorder.output
+        self.read = watch.read
+
+    def __call__(self, acts: Tensor, image: Tensor) -> Any:
+        given = with_tensor(self.output, acts.clone())  # what follows may change it in place
+        with unfused(), ExitStack() as undo:
+            for part, outputs in self._answers():
+                undo.enter_context(swapped(part, self._answer(part, outputs, image)))
+            undo.enter_context(swapped(self.module.get_submodule(self.layer), lambda *_a, **_k: given))
+            return self.module(self._for(image, self.x))
+
+    def activations(self) -> Tensor:
+        """The layer's own output on ``x``, (B, ...)."""
+        return first_tensor(self.output, self.layer)
+
+    def _answers(self) -> Iterator[tuple[nn.Module, list[Any]]]:
+        grouped: dict[nn.Module, list[Any]] = {}
+        for call in self.calls:
+            grouped.setdefault(call.module, []).append(call.output)
+        yield from grouped.items()
+
+    def _answer(self, part: nn.Module, outputs: list[Any], image: Tensor) -> Callable[..., Any]:
+        own, left = part.forward, iter(outputs)
+
+        def forward(*args: Any, **named: Any) -> Any:
+            for output in left:
+                return _mapped(lambda tensor: self._for(image, tensor), output)
+            return own(*args, **named)  # called again after the layer
+
+        return forward
+
+    def _for(self, image: Tensor, stored: Tensor) -> Tensor:
+        if stored.ndim == 0 or len(stored) != len(self.x):
+            return stored
+        if stored.untyped_storage().data_ptr() in self.read:
+            return stored[image.to(stored.device)]
+        return stored[:1].expand(len(image), *stored.shape[1:])
+
+
+def _mapped(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        return {key: _mapped(fn, entry) for key, entry in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(fn, entry) for entry in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, tuple | list):
+        for entry in value:
+            yield from _tensors(entry)

@@ -1,0 +1,209 @@
+"""Reading a finished run.
+
+>>> import tempfile
+>>> import numpy as np
+>>> from xcli.store import Input, Part, Record, open_store
+>>> folder = tempfile.TemporaryDirectory()
+>>> images = [Input("cat.png", "/photos/cat.png", 10, 0, None)]
+>>> record = Record("f1", "methods: [gradcam]", {"seed": 0}, {}, 8, "2026-01-01", ("cat", "dog"))
+>>> with open_store(folder.name, record, images) as store:
+...     for number, rows in store.todo():
+...         maps = np.ones((1, 2, 3), np.float32)
+...         store.commit(number, Part({"explanations/image": np.array([0]), "heatmaps/gradcam": maps}))
+...     path = store.merge()
+>>> with open_run(folder.name) as run:
+...     run.names, run.heatmap("gradcam").shape, list(run.images["path"])
+(('gradcam',), (1, 2, 3), ['cat.png'])
+>>> folder.cleanup()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import h5py
+import numpy as np
+
+from xcli.durable import shown
+from xcli.errors import InputError
+from xcli.parts import SCHEMA, Array
+from xcli.record import RESULTS, RUN
+
+if TYPE_CHECKING:
+    import xarray
+
+Rows = int | slice | Sequence[int] | Array | None
+
+
+def open_run(path: str | Path) -> RunResults:
+    """Open the run directory or results.h5 ``path``; close it, or use it in a ``with`` block.
+
+    Raises:
+        InputError: there is no finished run at ``path``, it is no results.h5, or parts it points to are gone.
+    """
+    path = Path(path)
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        if (file.parent / RUN).is_file():
+            raise InputError(
+                f"the run in {shown(file.parent)} is not finished: run the same `xai explain` again, "
+                f"or `xai merge {shown(file.parent)}` if every shard is done"
+            )
+        raise InputError(f"{shown(path)} holds no run: there is no {RESULTS}")
+    return RunResults(file)
+
+
+class RunResults:
+    """The contents of a results.h5, read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = h5py.File(path, "r", locking=False)
+        except OSError as error:
+            raise InputError(f"{shown(path)} cannot be read as HDF5: {error}") from error
+        try:
+            self._check(path)
+        except InputError:
+            self.close()
+            raise
+
+    def _check(self, path: Path) -> None:
+        if self._file.attrs.get("schema") != SCHEMA:
+            raise InputError(f"{shown(path)} is not a {SCHEMA} results file")
+        for name in self.names[:1]:
+            maps = self._file[f"heatmaps/{name}"]
+            sources = {source.file_name for source in maps.virtual_sources()} if maps.is_virtual else set()
+            gone = sorted(source for source in sources if not (path.parent / source).is_file())
+            if gone:
+                raise InputError(
+                    f"{shown(path)} is an index of parts, and these are gone: {', '.join(gone[:8])}"
+                )
+
+    @cached_property
+    def attrs(self) -> dict[str, Any]:
+        """Versions, model, device, seed and all else noted about the run."""
+        return dict(self._file.attrs)
+
+    @property
+    def config(self) -> str:
+        """The YAML of the run."""
+        return str(self.attrs["config"])
+
+    @cached_property
+    def images(self) -> dict[str, Array]:
+        """Columns with one entry an image: path, label, status, ..."""
+        return self._columns("images")
+
+    @cached_property
+    def explanations(self) -> dict[str, Array]:
+        """Columns with one entry an explanation: image (row of ``images``), target, score, ..."""
+        return self._columns("explanations")
+
+    @cached_property
+    def categories(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return tuple(_read(self._file["categories"]))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the maps, in alphabetical order."""
+        return tuple(self._file.get("heatmaps", {}))
+
+    def heatmap(self, name: str, rows: Rows = None) -> Array:
+        """The raw maps ``name``: (rows, H, W) or (rows, C, H, W); one map where ``rows`` is a number.
+
+        Args:
+            rows: which explanations, in any order, repeated or not; ``None``: all.
+        Raises: InputError: no such map; IndexError: no such row.
+        """
+        maps = self._maps(name)
+        if rows is None or isinstance(rows, int | slice):
+            return np.asarray(maps[slice(None) if rows is None else rows])
+        chosen = np.arange(len(maps))[np.asarray(rows)]  # negative rows and boolean masks become indices
+        ordered, place = np.unique(chosen, return_inverse=True)
+        return np.asarray(maps[ordered])[place]
+
+    def heatmap_attrs(self, name: str) -> dict[str, Any]:
+        """Method, parameters, layer, preset and source of the maps ``name``."""
+        return dict(self._maps(name).attrs)
+
+    def status(self, name: str) -> Array:
+        """0 ok, 1 flat, 2 not finite, 3 failed, one entry an explanation."""
+        self._maps(name)
+        if f"status/{name}" not in self._file:
+            raise InputError(f"this run keeps no status of {name}")
+        return _read(self._file[f"status/{name}"])
+
+    def extras(self, name: str) -> dict[str, Array]:
+        """What the method adds to its maps, one entry an explanation."""
+        self._maps(name)
+        return self._columns(f"extras/{name}")
+
+    def metrics(self, name: str) -> dict[str, Array]:
+        """The metrics of the maps ``name``, one entry an explanation; empty before they are evaluated."""
+        self._maps(name)
+        return self._columns(f"metrics/{name}")
+
+    def to_xarray(self, names: Sequence[str] | None = None) -> xarray.Dataset:
+        """The run as one Dataset in memory; the columns are named like their path, maps by their name.
+
+        Args:
+            names: the maps to take; ``None``: all.
+        Raises: ImportError: xarray is not installed.
+        """
+        try:
+            import xarray
+        except ImportError as error:
+            raise ImportError("to_xarray needs xarray: pip install 'xcli[xarray]'") from error
+        data: dict[str, tuple[tuple[str, ...], Array]] = {}
+        for key, column in self.images.items():
+            data[f"images/{key}"] = (("image",), column)
+        for key, column in self.explanations.items():
+            data[f"explanations/{key}"] = (("explanation",), column)
+        sizes: dict[str, int] = {}
+        for name in self.names if names is None else names:
+            maps = self.heatmap(name)
+            data[name] = (("explanation", *_dimensions(name, maps.shape[1:], sizes)), maps)
+        return xarray.Dataset(data, attrs=self.attrs)
+
+    def close(self) -> None:
+        """Close the file; what was read stays."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """The results."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def _maps(self, name: str) -> h5py.Dataset:
+        if name not in self.names:
+            raise InputError(f"no heatmap {name!r} in this run; it has {', '.join(self.names) or 'none'}")
+        return self._file[f"heatmaps/{name}"]
+
+    def _columns(self, group: str) -> dict[str, Array]:
+        found: Mapping[str, h5py.Dataset] = self._file.get(group, {})
+        return {key: _read(dataset) for key, dataset in found.items()}
+
+
+def _read(dataset: h5py.Dataset) -> Array:
+    if h5py.check_string_dtype(dataset.dtype):
+        return np.asarray(dataset.asstr()[...], dtype=object)
+    return np.asarray(dataset[...])
+
+
+def _dimensions(name: str, shape: tuple[int, ...], sizes: dict[str, int]) -> tuple[str, ...]:
+    """The dimension names of a map; y, x and channel are shared by the maps of one size."""
+    shared = ("channel", "y", "x")[3 - len(shape) :]
+    return tuple(
+        axis if sizes.setdefault(axis, length) == length else f"{axis}_{name}"
+        for axis, length in zip(shared, shape, strict=True)
+    )

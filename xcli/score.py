@@ -1,0 +1,273 @@
+"""The function being explained. Methods and metrics reach the model through a Score and in no other way."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from xcli.execution import Execution
+from xcli.forward import Forward, require_all
+from xcli.hooks import recording
+from xcli.layers import Layer, Layers
+from xcli.replay import Replay
+from xcli.targets import Rows, Scale
+
+
+class Gradients(NamedTuple):
+    """What ``Score.gradients`` gives, an entry a layer (one entry for the input): tensors of N rows."""
+
+    acts: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """The number explained, as a function of the input: B images, N >= B rows of (image, target).
+
+    Chunking into micro-batches and the halving when memory runs out happen in here, forward and backward. A forward
+    pass of one copy serves every row of its image, and copies of different images share a micro-batch.
+
+    Attributes:
+        module: the network, in eval mode with frozen weights (``hooks.frozen``).
+        rows: which image and target each row is, and the number explained.
+        layers: the survey of the network's layers (``layers.survey``).
+        keys: one name an image, from which its random numbers are drawn; for bare tensors, a hash of the content.
+        forward: a pass that has already run on the batch, used where it covers what is asked.
+    """
+
+    module: nn.Module
+    rows: Rows
+    layers: Layers
+    execution: Execution = field(default_factory=Execution)
+    seed: int = 0
+    keys: Sequence[str] = ()
+    forward: Forward | None = None
+    prefix: Replay | None = None
+    memo: dict[tuple[Any, ...], Gradients] = field(default_factory=dict, repr=False)
+
+    # ---- what is explained ------------------------------------------------------------------------------------
+
+    @property
+    def image(self) -> Tensor:
+        """(N,) index of each row's image."""
+        return self.rows.image
+
+    def scaled(self, scale: Scale) -> Score:
+        """The same rows in another unit: logit, probability, log-probability or contrast."""
+        return replace(self, rows=self.rows.scaled(scale), memo={})
+
+    def retarget(self, target: Tensor) -> Score:
+        """The same images with other targets (N,)."""
+        return replace(self, rows=self.rows.retarget(target), memo={})
+
+    def using(self, module: nn.Module) -> Score:
+        """The same rows seen by another network of the same structure."""
+        return replace(self, module=module, forward=None, prefix=None, memo={})
+
+    def generator(self, row: int, tag: str) -> torch.Generator:
+        """A fresh CPU generator for one row, seeded by (seed, its image's key, ``tag``): the batch, the order and
+        the device never change what it draws. Rows of one image draw the same unless ``tag`` tells them apart."""
+        text = f"{self.seed}\0{self.keys[int(self.image[row])]}\0{tag}"
+        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    # ---- forward only -----------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The score of row i on input i: (N, C, H, W) -> (N,)."""
+        return self.at(x, torch.arange(len(self.image)))
+
+    def at(self, x: Tensor, row: Tensor) -> Tensor:
+        """The scores (M,) of inputs (M, C, H, W), input i for ``row[i]``."""
+        with torch.inference_mode():
+            (values,) = self.execution.each(lambda part, own: (self.values(part, own),), x, row)
+        return values.clone()
+
+    def on(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of copies (M, C, H, W) of the images ``image`` (M,) for every row of each copy's image.
+
+        Returns (values, copy, row), each (P,): value p is of input ``copy[p]`` for row ``row[p]``.
+        """
+        copy, row = self._pairs(image)
+        bounds = torch.searchsorted(copy, torch.arange(len(image) + 1))
+
+        def score(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+            first, last = int(bounds[index[0]]), int(bounds[index[-1] + 1])
+            outputs = self._outputs(part, image[index])
+            return (self.rows.values(outputs, copy[first:last] - index[0], row[first:last]),)
+
+        with torch.inference_mode():
+            (values,) = self.execution.each(score, x, torch.arange(len(image)))
+        return values.clone(), copy, row
+
+    def values(self, x: Tensor, row: Tensor) -> Tensor:
+        """``at`` in one pass, without chunks, in whatever grad mode the caller is: a differentiable (M,)."""
+        return self.rows.values(self._outputs(x, self.image[row]), torch.arange(len(row)), row)
+
+    def activations(self, x: Tensor, at: Sequence[Layer]) -> tuple[Tensor, ...]:
+        """The raw outputs of layers on the images ``x`` (B, C, H, W), one tensor (B, ...) a layer."""
+        names = [layer.name for layer in at]
+        if self.forward is not None and self.forward.covers(x, names, graph=False):
+            chunks = [tuple(acts[name].detach() for name in names) for acts in self.forward.acts]
+            return tuple(full(torch.cat(tensors)) for tensors in zip(*chunks, strict=True))
+
+        def run(part: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad(), recording(self.module, names, graph=False) as kept:
+                self.execution.run(self.module, part)
+            return tuple(full(require_all(kept, names)[name]) for name in names)
+
+        return self.execution.each(run, x)
+
+    def tail(self, x: Tensor, at: Layer) -> Score:
+        """The score as a function of the raw output of ``at``; what comes before has run once and is kept.
+
+        Inputs of the new score are layer outputs (M, ...), for copies of the same B images. ``x`` is the batch.
+        """
+        return replace(self, prefix=Replay(self.module, at.name, x), forward=None, memo={})
+
+    # ---- gradients --------------------------------------------------------------------------------------------
+
+    def gradients(
+        self,
+        x: Tensor,
+        at: Sequence[Layer] = (),
+        *,
+        row: Tensor | None = None,
+        create_graph: bool = False,
+    ) -> Gradients:
+        """Activations, gradients and values at layers, or at the input where ``at`` is empty.
+
+        Args:
+            x: the images (B, C, H, W), explained for every row; or, with ``row``, inputs (M, C, H, W), input i for
+                ``row[i]``.
+            at: layers; the graph starts at the first of them to run, so what comes before costs inference alone.
+            create_graph: keep the whole graph, so that the gradients can be differentiated in turn.
+
+        Returns:
+            raw layer outputs and gradients, (N, ...) each ((M, ...) with ``row``), and the values (N,) or (M,).
+        """
+        names = tuple(layer.name for layer in at)
+        if row is None and not create_graph and (known := self._from_forward(x, names)) is not None:
+            return known
+
+        def run(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+            image = index if row is None else self.image[row[index]]
+            acts, outputs = self._graph(part, image, names, whole=create_graph)
+            pairs = self._pairs(index) if row is None else (torch.arange(len(index)), row[index])
+            return self._backward(acts, outputs, *pairs, keep=create_graph, create_graph=create_graph)
+
+        return as_gradients(self.execution.each(run, x, torch.arange(len(x))))
+
+    def _graph(
+        self, x: Tensor, image: Tensor, names: Sequence[str], *, whole: bool
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        if not names:
+            leaf = x if whole and x.requires_grad else x.detach().requires_grad_()
+            with torch.enable_grad():
+                return (leaf,), self._outputs(leaf.clone(), image)
+        with torch.set_grad_enabled(whole), recording(self.module, names, graph=not whole) as kept:
+            outputs = self._outputs(
+                x.detach().requires_grad_() if whole and not x.requires_grad else x, image
+            )
+        return tuple(require_all(kept, names)[name] for name in names), outputs
+
+    def _backward(
+        self,
+        acts: tuple[Tensor, ...],
+        outputs: Any,
+        copy: Tensor,
+        row: Tensor,
+        *,
+        keep: bool,
+        create_graph: bool,
+    ) -> tuple[Tensor, ...]:
+        """Activations, gradients and values of pairs (copy, row); as many backward passes as a copy has rows."""
+        with torch.enable_grad():
+            values = self.rows.values(outputs, copy, row)  # (P,)
+        turns = turn_of(copy)  # (P,)
+        last = int(turns.max()) if len(turns) else -1
+        grads = [[torch.zeros_like(act)] for act in acts] if last < 0 else [[] for _ in acts]
+        for turn in range(last + 1):
+            picked = values[(turns == turn).to(values.device)].sum()
+            again = keep or turn < last
+            found = torch.autograd.grad(
+                picked, acts, retain_graph=again, create_graph=create_graph, materialize_grads=True
+            )
+            for own, grad in zip(grads, found, strict=True):
+                own.append(grad)
+        own_grads = tuple(of_pairs(torch.stack(own), turns, copy) if last else own[0] for own in grads)
+        own_acts = (
+            acts if last == 0 and len(copy) == len(acts[0]) else tuple(a[copy.to(a.device)] for a in acts)
+        )
+        if last == 0 and own_acts is not acts:  # some copies have no row
+            own_grads = tuple(grad[copy.to(grad.device)] for grad in own_grads)
+        if not create_graph:
+            own_acts, values = tuple(act.detach() for act in own_acts), values.detach()
+        return (*map(full, own_acts), *map(full, own_grads), values)
+
+    def _from_forward(self, x: Tensor, names: tuple[str, ...]) -> Gradients | None:
+        """``gradients`` of the pass that has already run, where it covers what is asked and memory suffices."""
+        if self.forward is None or not self.forward.covers(x, names, graph=True):
+            return None
+        if names not in self.memo:
+            parts = []
+            for kept, outputs, bounds in zip(
+                self.forward.acts, self.forward.outputs, itertools.pairwise(self.forward.bounds), strict=True
+            ):
+                acts, pairs = tuple(kept[name] for name in names), self._pairs(torch.arange(*bounds))
+                backward = partial(self._backward, acts, outputs, *pairs, keep=True, create_graph=False)
+                part = self.execution.attempt(backward)
+                if part is None:
+                    self.execution.halve(len(acts[0]))
+                    self.forward.drop()
+                    return None
+                parts.append(part)
+            self.memo[names] = as_gradients(tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return self.memo[names]
+
+    # ---- which copy serves which row --------------------------------------------------------------------------
+
+    def _pairs(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Every (copy, row) where the row is of the copy's image, sorted by copy, for copies of ``image`` (M,)."""
+        start = torch.searchsorted(self.image, image)
+        count = torch.searchsorted(self.image, image, right=True) - start
+        copy = torch.repeat_interleave(torch.arange(len(image)), count)
+        within = torch.arange(len(copy)) - (count.cumsum(0) - count)[copy]
+        return copy, start[copy] + within
+
+    def _outputs(self, x: Tensor, image: Tensor) -> Any:
+        if self.prefix is None:
+            return self.execution.run(self.module, x)
+        return self.execution.run(lambda acts: self.prefix(acts, image), x)  # type: ignore[misc]
+
+
+def as_gradients(found: tuple[Tensor, ...]) -> Gradients:
+    """The flat result of a chunked pass, activations, gradients and values in this order, taken apart."""
+    count = (len(found) - 1) // 2
+    return Gradients(found[:count], found[count:-1], found[-1])
+
+
+def of_pairs(stacked: Tensor, turn: Tensor, copy: Tensor) -> Tensor:
+    """The gradient of each pair (P, ...) from those of each turn and copy (turns, copies, ...)."""
+    return stacked[turn.to(stacked.device), copy.to(stacked.device)]
+
+
+def turn_of(copy: Tensor) -> Tensor:
+    """How often each entry of a sorted index (P,) has been seen before it: 0 for the first row of a copy."""
+    starts = torch.searchsorted(copy, copy)
+    return torch.arange(len(copy)) - starts
+
+
+def full(tensor: Tensor) -> Tensor:
+    """At least float32: half-precision activations are brought up before a method computes with them."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

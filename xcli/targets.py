@@ -1,0 +1,158 @@
+"""What to explain: from the model's outputs to rows of (image, target). The task lives here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from xcli.models import find_logits
+
+Scale = Literal["logit", "probability", "log-probability", "contrast"]
+
+
+class Rows(Protocol):
+    """N rows of (image, target) over B images, sorted by image, and the number explained for each."""
+
+    @property
+    def image(self) -> Tensor:
+        """(N,) index of each row's image, on the CPU, non-decreasing."""
+
+    def values(self, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
+        """The numbers (P,) for pairs of a forward copy (P,) and a row (P,), differentiable in ``outputs``."""
+
+    def scaled(self, scale: Scale) -> Self:
+        """The same rows in another unit."""
+
+    def retarget(self, target: Tensor) -> Self:
+        """The same images with other targets (N,)."""
+
+    def columns(self) -> Mapping[str, Tensor]:
+        """What describes each row in the results: name -> (N,)."""
+
+
+@dataclass(frozen=True)
+class ClassRows:
+    """Rows of a classifier: row i explains class ``target[i]`` of image ``image[i]``.
+
+    A model with a single logit is binary: its probability is the logistic function of it, its contrast the logit.
+    """
+
+    image: Tensor
+    target: Tensor
+    output: str | None = None
+    scale: Scale = "logit"
+
+    def values(self, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
+        logits = find_logits(outputs, self.output)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        device = logits.device
+        return in_scale(logits[copy.to(device)], self.target[row].to(device), self.scale)
+
+    def scaled(self, scale: Scale) -> ClassRows:
+        return replace(self, scale=scale)
+
+    def retarget(self, target: Tensor) -> ClassRows:
+        return replace(self, target=target)
+
+    def columns(self) -> Mapping[str, Tensor]:
+        return {"target": self.target}
+
+
+def in_scale(logits: Tensor, target: Tensor, scale: Scale) -> Tensor:
+    """One number a row from logits (P, L) and class indices (P,).
+
+    ``logit`` z_c; ``probability`` and ``log-probability`` of the softmax; ``contrast`` z_c - max of the others.
+    """
+    own = logits.gather(1, target[:, None])[:, 0]  # (P,)
+    if logits.shape[1] == 1:
+        own_scaled = {
+            "probability": own.sigmoid,
+            "log-probability": lambda: torch.nn.functional.logsigmoid(own),
+        }
+        return own_scaled.get(scale, lambda: own)()
+    match scale:
+        case "logit":
+            return own
+        case "probability":
+            return logits.softmax(1).gather(1, target[:, None])[:, 0]
+        case "log-probability":
+            return logits.log_softmax(1).gather(1, target[:, None])[:, 0]
+        case "contrast":
+            return own - logits.scatter(1, target[:, None], float("-inf")).amax(1)
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Class probabilities (B, L) of logits (B, L); the logistic function where there is one logit."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """The class with the highest logit."""
+
+    def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
+        return [[best] for best in logits.argmax(1).tolist()]
+
+
+@dataclass(frozen=True)
+class Label:
+    """The image's own label; images without one get no row."""
+
+    def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
+        return [[label] if label >= 0 else [] for label in labels.tolist()]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The same classes for every image."""
+
+    indices: tuple[int, ...]
+
+    def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
+        return [list(self.indices)] * len(logits)
+
+
+@dataclass(frozen=True)
+class Top:
+    """The ``k`` most probable classes; with ``above``, only those of at least that probability, the first always."""
+
+    k: int
+    above: float = 0.0
+
+    def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
+        probability, index = probabilities(logits).topk(min(self.k, logits.shape[1]), dim=1)
+        kept = probability >= self.above
+        kept[:, 0] = True
+        return [
+            [i for i, keep in zip(own, mask, strict=True) if keep]
+            for own, mask in zip(index.tolist(), kept.tolist(), strict=True)
+        ]
+
+
+Target = Predicted | Label | Classes | Top
+
+
+def resolve(
+    targets: Sequence[Target], logits: Tensor, labels: Tensor, output: str | None = None
+) -> ClassRows:
+    """The rows of a batch: each image's classes in the order of ``targets``, a class at most once an image.
+
+    Args:
+        logits: (B, L), from one forward pass.
+        labels: (B,) class indices, -1 where there is none.
+        output: the name of the output that holds the logits, where it cannot be found by itself.
+    """
+    found = [target.classes(logits, labels) for target in targets]
+    images, classes = [], []
+    for image in range(len(logits)):
+        wanted = dict.fromkeys(c for per_image in found for c in per_image[image])
+        images += [image] * len(wanted)
+        classes += wanted
+    device = logits.device
+    return ClassRows(
+        torch.tensor(images, dtype=torch.long), torch.tensor(classes, dtype=torch.long, device=device), output
+    )
