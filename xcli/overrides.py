@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from xcli.complaints import Issue, dotted, shown
 from xcli.errors import ConfigError
-from xcli.registry import nearest
-from xcli.yamlfile import Document, KeyPath, Place, read_yaml
+from xcli.yamlfile import Document, KeyPath, Mark, Place, read_yaml
 
 Order = tuple[int, int, int]
+"""Sorts lines: those of the file by position, then those of options as they were given."""
 
 
 @dataclass(frozen=True)
@@ -21,61 +21,178 @@ class Origins:
 
     Attributes:
         given: key path -> the option that set it, in the order given.
-        moved: entries of ``methods`` that stand elsewhere in the file: path now -> path there.
+        moved: entries of ``methods`` that ``--methods`` has chosen: path now -> path as the file and ``--set`` have it.
     """
 
-    file: str
-    positions: dict[KeyPath, Place]
+    file: str = "config"
+    positions: dict[KeyPath, Place] = field(default_factory=dict)
     given: dict[KeyPath, str] = field(default_factory=dict)
     moved: dict[KeyPath, KeyPath] = field(default_factory=dict)
 
     def line(self, issue: Issue) -> tuple[Order, str]:
-        """An issue as one line that starts with its place, and its place in the order of lines.
-
-        ``file:line:column: key path: text``, or ``--set key: text`` for what an option set.
-        """
+        """An issue as ``file:line:column: key path: text``, or ``--set key: text`` where an option set the value."""
         path = issue.path
         for depth in range(len(path), -1, -1):
-            prefix = path[:depth]
+            prefix, inside = self._before(path[:depth]), depth < len(path)
             if prefix in self.given:
-                more = f"{dotted(path)}: " if depth < len(path) else ""
+                more = f"{dotted(self._before(path))}: " if inside else ""
                 return (1, list(self.given).index(prefix), 0), f"{self.given[prefix]}: {more}{issue.text}"
-            there = self._in_file(prefix)
-            if there in self.positions:
-                place = self.positions[there]
-                at = place.key if issue.at_key or depth < len(path) else place.value
-                name = f"{dotted(self._in_file(path))}: " if path else ""
-                return (0, *at), f"{self.file}:{at.line}:{at.column}: {name}{issue.text}"
-        return (0, 1, 1), f"{self.file}:1:1: {issue.text}"
+            if prefix in self.positions:
+                place = self.positions[prefix]
+                mark = place.key if issue.at_key or inside else place.value
+                return (0, *mark), self.at(mark, self._before(path), issue.text)
+        return (0, 1, 1), self.at(Mark(1, 1), path, issue.text)
 
-    def lines(self, issues: Iterable[Issue]) -> list[str]:
-        """All issues, sorted by place, none twice."""
-        return list(dict.fromkeys(text for _, text in sorted(self.line(issue) for issue in issues)))
+    def at(self, mark: Mark, path: KeyPath, text: str) -> str:
+        name = f"{dotted(path)}: " if path else ""
+        return f"{self.file}:{mark.line}:{mark.column}: {name}{text}"
 
-    def _in_file(self, path: KeyPath) -> KeyPath:
+    def _before(self, path: KeyPath) -> KeyPath:
         return (*self.moved[path[:2]], *path[2:]) if path[:2] in self.moved else path
 
 
 @dataclass
 class Draft:
-    """A config that is being put together; ``issues`` are the faults of the file and of the options so far."""
+    """A config that is being put together.
+
+    Attributes:
+        data: plain data, changed in place by the functions of this file.
+        found: lines about what is wrong already: faults of the file and of options.
+        unread: key paths whose value could not be taken; whatever else is wrong there follows from that.
+    """
 
     data: dict[str, Any]
     origins: Origins
-    issues: list[Issue] = field(default_factory=list)
-    bad_options: list[str] = field(default_factory=list)
+    found: list[tuple[Order, str]] = field(default_factory=list)
+    unread: set[KeyPath] = field(default_factory=set)
 
-    @classmethod
-    def of(cls, document: Document, file: str) -> Draft:
-        """Raises ConfigError where the document is not a mapping at all."""
-        if document.data is None and not document.faults:
+    def lines(self, issues: Iterable[Issue]) -> list[str]:
+        """Everything that is wrong, sorted by place, nothing twice."""
+        new = [self.origins.line(issue) for issue in issues if issue.path not in self.unread]
+        return list(dict.fromkeys(text for _, text in sorted(self.found + new)))
+
+    def refuse(self, option: str, text: str) -> None:
+        """Note that an option of the command line cannot be followed."""
+        self.found.append(((1, len(self.origins.given), 0), f"{option}: {text}"))
+
+    def place(self, path: KeyPath, option: str) -> None:
+        """Note that ``option`` has set ``path`` and all below it."""
+        for known in (self.origins.positions, self.origins.given):
+            for old in [key for key in known if key[: len(path)] == path]:
+                del known[old]
+        self.unread -= {old for old in self.unread if old[: len(path)] == path}
+        self.origins.given[path] = option
+
+
+def drafted(document: Document, file: str) -> Draft:
+    """The content of a file as a draft.
+
+    Raises:
+        ConfigError: the file is empty or holds no keys.
+    """
+    data = document.data
+    if not isinstance(data, dict) and not document.faults:
+        if data is None:
             raise ConfigError(f"{file}: the config is empty; `xai init` writes one to start from")
-        if not isinstance(document.data, dict) and not document.faults:
-            raise ConfigError(f"{file}:1:1: expected keys such as model: and images:; got {shown(document.data)}")
-        data = document.data if isinstance(document.data, dict) else {}
-        draft = cls(data, Origins(file, document.positions))
-        for fault in document.faults:
-            name = f"{dotted(fault.path)}: " if fault.path else ""
-            draft.bad_lines.append(((0, *fault.mark), f"{file}:{fault.mark.line}:{fault.mark.column}: {name}{fault.text}"))
-            draft.bad_paths.add(fault.path)
-        return draft
+        raise ConfigError(f"{file}:1:1: expected keys such as model: and images:; got {shown(data)}")
+    draft = Draft(data if isinstance(data, dict) else {}, Origins(file, dict(document.positions)))
+    for path, mark, text in document.faults:
+        draft.found.append(((0, *mark), draft.origins.at(mark, path, text)))
+    draft.unread = {fault.path for fault in document.faults}
+    return draft
+
+
+def put(draft: Draft, key: str, value: Any, option: str) -> None:
+    """Give the key path ``key``, dotted, a new value in the name of a command line option."""
+    path: list[str | int] = []
+    here: Any = draft.data
+    steps = key.split(".")
+    try:
+        for step, following in zip(steps, [*steps[1:], None], strict=True):
+            path.append(_step(here, step, tuple(path)))
+            if following is not None:
+                here = _entered(here, path[-1], following, tuple(path))
+    except ConfigError as error:
+        draft.refuse(option, str(error))
+        return
+    if isinstance(here, list) and path[-1] == len(here):
+        here.append(value)
+    else:
+        here[path[-1]] = value
+    draft.place(tuple(path), option)
+
+
+def set_value(draft: Draft, text: str) -> None:
+    """Follow ``--set a.b.0.c=value``: the value is YAML, numbers index lists, missing keys are made."""
+    key, equals, value = text.partition("=")
+    key = re.sub(r"\[(\d+)\]", r".\1", key.strip())
+    option = f"--set {key}"
+    if not equals or not all(key.split(".")):
+        draft.refuse(f"--set {text}", "expected key=value, such as runtime.seed=1 or methods.0.layer=layer3")
+        return
+    try:
+        document = read_yaml(value, option)
+    except ConfigError as error:
+        draft.refuse(option, str(error).removeprefix(f"{option}:"))
+        return
+    for fault in document.faults:
+        draft.refuse(option, fault.text)
+    if not document.faults:
+        put(draft, key, document.data, option)
+
+
+def choose_methods(draft: Draft, text: str) -> None:
+    """Follow ``--methods a,b``: what the config lists under that result or method name stays as it is there, in the
+    order asked for; others are added with their defaults."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        draft.refuse("--methods", "expected names separated by commas; see `xai methods`")
+        return
+    listed = draft.data.get("methods")
+    entries = listed if isinstance(listed, list) else []
+    chosen: list[Any] = []
+    for name in dict.fromkeys(names):
+        matching = _matching(entries, name)
+        for index in matching:
+            draft.origins.moved["methods", len(chosen)] = ("methods", index)
+            chosen.append(entries[index])
+        if not matching:
+            draft.origins.moved["methods", len(chosen)] = ("methods", name)
+            draft.origins.given["methods", name] = "--methods"
+            chosen.append(name)
+    draft.data["methods"] = chosen
+
+
+def _matching(entries: list[Any], name: str) -> list[int]:
+    """The entry with this result name, else every entry of this method."""
+    heads = [entry if isinstance(entry, dict) else {"name": entry} for entry in entries]
+    labelled = [i for i, head in enumerate(heads) if head.get("as", head.get("name")) == name]
+    return labelled or [i for i, head in enumerate(heads) if head.get("name") == name]
+
+
+def _step(here: Any, step: str, path: KeyPath) -> str | int:
+    """``step`` as a key or an index of ``here``. Raises ConfigError saying what there is."""
+    if isinstance(here, dict):
+        return step
+    there = f"{dotted(path)} has {len(here)} entries, numbered from 0"
+    if not step.isdecimal():
+        raise ConfigError(f"{there}; {step!r} is no number")
+    if int(step) > len(here):
+        raise ConfigError(f"{there}; there is no {step}, and the next new one is {len(here)}")
+    return int(step)
+
+
+def _entered(here: Any, step: str | int, following: str, path: KeyPath) -> Any:
+    """The list or mapping at ``step``, made where nothing is."""
+    new: Any = [] if following.isdecimal() and path == ("methods",) else {}
+    if isinstance(here, list) and step == len(here):
+        here.append(new)
+    inside = here.get(step) if isinstance(here, dict) else here[step]  # type: ignore[index]
+    if isinstance(inside, str) and len(path) == 2 and path[0] == "methods":
+        inside = {"name": inside}
+    if inside is None:
+        inside = new
+    if not isinstance(inside, (dict, list)):
+        raise ConfigError(f"{dotted(path)} is {shown(inside)}, which has no keys; set it whole")
+    here[step] = inside
+    return inside

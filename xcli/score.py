@@ -171,15 +171,17 @@ class Score:
     def _graph(
         self, x: Tensor, image: Tensor, names: Sequence[str], *, whole: bool
     ) -> tuple[tuple[Tensor, ...], Any]:
-        if not names:
-            leaf = x if whole and x.requires_grad else x.detach().requires_grad_()
-            with torch.enable_grad():
-                return (leaf,), self._outputs(leaf.clone(), image)
-        with torch.set_grad_enabled(whole), recording(self.module, names, graph=not whole) as kept:
-            outputs = self._outputs(
-                x.detach().requires_grad_() if whole and not x.requires_grad else x, image
-            )
-        return tuple(require_all(kept, names)[name] for name in names), outputs
+        with ExitStack() as undo:
+            undo.enter_context(torch.set_grad_enabled(whole or not names))
+            if whole:  # fused attention has no second derivative
+                undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if whole or not names:
+                x = x if whole and x.requires_grad else x.detach().requires_grad_()
+            if not names:
+                return (x,), self._outputs(x.clone(), image)
+            kept = undo.enter_context(recording(self.module, names, graph=not whole))
+            outputs = self._outputs(x, image)
+            return tuple(require_all(kept, names)[name] for name in names), outputs
 
     def _backward(
         self,
