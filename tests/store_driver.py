@@ -9,6 +9,7 @@ import resource
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from xcli.errors import XaiError
@@ -19,7 +20,10 @@ LENGTH = 4
 
 def inputs(count, root="/photos"):
     names = [f"dir/{i:03d}.png" if i % 5 else os.fsdecode(b"dir/\xff%03d.png" % i) for i in range(count)]
-    return [Input(name, f"{root}/{name}", 100 + i, 10**18 + i, None if i % 3 else "cat") for i, name in enumerate(names)]
+    return [
+        Input(name, f"{root}/{name}", 100 + i, 10**18 + i, None if i % 3 else "cat")
+        for i, name in enumerate(names)
+    ]
 
 
 def record(fingerprint="one", **resolved):
@@ -31,8 +35,8 @@ def record(fingerprint="one", **resolved):
 def part(rows, fingerprint="one"):
     """The part of the images ``rows``; also, by definition of merging, the whole run for all rows."""
     images = np.arange(rows.start, rows.stop)
-    owner = np.repeat(images, np.where(images % 7 == 3, 0, 1 + images % 2))       # every seventh image has failed
-    copies = np.r_[-1, owner[:-1]] == owner if owner.size else owner               # the second row of an image
+    owner = np.repeat(images, np.where(images % 7 == 3, 0, 1 + images % 2))  # every seventh image has failed
+    copies = np.r_[-1, owner[:-1]] == owner if owner.size else owner  # the second row of an image
     seeds = [[len(fingerprint), int(image), int(copy)] for image, copy in zip(owner, copies, strict=True)]
     draw = [np.random.default_rng(seed) for seed in seeds]
     cam = [r.normal(size=(5, 6)) for r in draw]
@@ -52,20 +56,63 @@ def part(rows, fingerprint="one"):
         "curves/gradcam/deletion": np.array([r.normal(size=3) for r in draw], np.float32).reshape(-1, 3),
         "curves/gradcam/deletion.fraction": np.linspace(0, 1, 3),
     }
-    return Part(columns, {"heatmaps/gradcam": {"method": "gradcam", "layer": "conv5", "steps": 3, "eps": 0.5}})
+    return Part(
+        columns, {"heatmaps/gradcam": {"method": "gradcam", "layer": "conv5", "steps": 3, "eps": 0.5}}
+    )
 
 
-def run(root, count, journal=None, fingerprint="one", shard=(1, 1), layout=None, merge=True, limit=None, **options):
+def run(
+    root, count, journal=None, fingerprint="one", shard=(1, 1), layout=None, merge=True, limit=None, **options
+):
     """What a pipeline does; ``journal`` gets the number of every part that ``commit`` called final."""
     resolved = {} if layout is None else {"layout": layout}
     root = Path(root)
-    with open_store(root, record(fingerprint, **resolved), inputs(count), shard=tuple(shard), **options) as store:
+    with open_store(
+        root, record(fingerprint, **resolved), inputs(count), shard=tuple(shard), **options
+    ) as store:
         for number, rows in store.todo()[:limit]:
             store.commit(number, part(rows, fingerprint))
             if journal:
                 _note(journal, f"{rows.start} {rows.stop} {number}\n")
         if merge and store.complete():
             store.merge()
+
+
+def opened(root, count=11, fingerprint="one", **options):
+    return open_store(root, record(fingerprint), inputs(count), **options)
+
+
+def columns_of(path):
+    found = {}
+    with h5py.File(path, "r") as file:
+        file.visititems(
+            lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None
+        )
+        return {
+            name: item.asstr()[...] if h5py.check_string_dtype(item.dtype) else item[...]
+            for name, item in found.items()
+        }
+
+
+def printable(text):
+    return text.replace("\udcff", "\\udcff").replace("\0", "\\x00")
+
+
+def assert_holds(found, expected, images):
+    """``found`` has exactly the columns of ``expected`` and the names of ``images``, bit for bit."""
+    columns = {"images/path": [item.path for item in images], **expected.columns}
+    assert set(found) - {"categories"} == set(columns)
+    for key, column in columns.items():
+        if isinstance(column, list):
+            assert list(found[key]) == [printable(text) for text in column], key
+        else:
+            assert found[key].dtype == column.dtype, key
+            np.testing.assert_array_equal(found[key], column, err_msg=key)
+
+
+def assert_is_run(root, count, fingerprint="one"):
+    """results.h5 equals what one part of all images would hold: merging changes nothing."""
+    assert_holds(columns_of(root / "results.h5"), part(slice(0, count), fingerprint), inputs(count))
 
 
 def _note(journal, line):
@@ -84,7 +131,7 @@ def _child(root, options, point):
     except XaiError as error:
         print(error, file=sys.stderr)
         os._exit(error.exit_code)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (a fork must never return to the server's loop)
         sys.excepthook(*sys.exc_info())
         os._exit(1)
     os._exit(0)

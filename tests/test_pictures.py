@@ -83,6 +83,7 @@ def test_long_components_are_cut_between_characters():
         (unicodedata.normalize("NFC", "é.jpg"), unicodedata.normalize("NFD", "é.jpg")),
         (unicodedata.normalize("NFC", "É.jpg"), unicodedata.normalize("NFD", "é.jpg")),
         ("straße.jpg", "STRASSE.jpg"),
+        ("ẞ.jpg", "ß.jpg"),
     ],
 )
 def test_twins_are_both_marked_and_others_are_not(twins):
@@ -254,6 +255,29 @@ def test_write_blocks_while_too_much_waits(tmp_path):
     producer.join(10)
     assert third_is_in.is_set()
     assert tree(tmp_path) == ["1.png", "2.png", "3.png"]
+
+
+def test_what_is_written_makes_room_again(tmp_path):
+    held = Held()
+    with PictureWriter(1, pending_mib=1) as writer:
+        for index in range(4):
+            writer.write(tmp_path / f"{index}.png", Image.new("RGB", (512, 300)))
+        writer.flush()
+        threading.Timer(0.5, held.let_go.set).start()
+        writer.write(tmp_path / "held.png", held)
+        writer.write(tmp_path / "next.png", RED)
+        assert not held.let_go.is_set()  # it did not have to wait for the one before
+
+
+def test_a_failure_is_told_at_the_next_write(tmp_path):
+    (tmp_path / "d").write_text("a file")
+    with PictureWriter(1) as writer:
+        writer.write(tmp_path / "d" / "1.png", RED)
+        next(iter(writer._pending))[0].exception(10)
+        with pytest.raises(OutputUnwritable, match=r"1\.png"):
+            writer.write(tmp_path / "2.png", RED)
+        writer._failure = None
+    assert tree(tmp_path) == ["d"]
 
 
 def test_one_picture_above_the_limit_still_goes_through(tmp_path):

@@ -5,18 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from itertools import count as counting
+import tempfile
+from collections import Counter
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import store_driver
-from store_driver import inputs, part
-from test_store import assert_holds, assert_is_run, columns_of
+from store_driver import assert_holds, assert_is_run, columns_of, inputs, part, record
 
 import xcli
-from xcli.store import peek
+from xcli.store import open_store, peek
 
 KILLED = -9
 
@@ -46,6 +47,17 @@ def children(tmp_path_factory):
     found.server.wait()
 
 
+@pytest.fixture
+def place(tmp_path):
+    """A folder in memory where there is one: a kill, unlike a power cut, does not ask what is on disk."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
 def journaled(path):
     return [tuple(map(int, line.split())) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -63,73 +75,84 @@ def assert_committed_is_kept(root, journal, fingerprint="one"):
 
 def assert_clean(root):
     assert not list(root.rglob("*.tmp"))
+    assert not (root / "overlays").exists()  # only a run that was replaced had pictures
 
 
-def sweep(children, tmp_path, options, *, prepare=None, check=None, stride=1, start=1, point="any"):
-    """Kill the run at every passing of a fail-point in turn; returns how many kills there were."""
-    before = tmp_path / "before"
+def passes(root, options, monkeypatch):
+    """How often every fail-point is passed when the run in ``root`` goes on; it does."""
+    names = []
+    with monkeypatch.context() as patched:
+        patched.setenv("XCLI_FAILPOINT", "none:1")
+        patched.setattr("xcli.durable.fnmatchcase", lambda name, _: names.append(name))
+        store_driver.run(root, **options)
+    return Counter(names)
+
+
+def sweep(children, place, options, monkeypatch, *, prepare=None, check=None, only="*", every=False):
+    """Kill the run at the first and last (or ``every``) passing of all fail-points; returns the number of kills."""
+    before, trial, fingerprint = place / "before", place / "trial", options.get("fingerprint", "one")
+    before.mkdir()
     if prepare:
         prepare(before)
-    for kills, passing in enumerate(counting(start, stride)):
-        root, journal = tmp_path / "run", tmp_path / "journal"
+    shutil.copytree(before, trial)
+    counts = passes(trial, options, monkeypatch)
+    plan = [(name, n) for name, last in counts.items() for n in (range(1, last + 1) if every else {1, last})]
+    plan = [(name, n) for name, n in plan if any(fnmatchcase(name, pattern) for pattern in only.split("|"))]
+    for name, n in plan:
+        root, journal = place / "run", place / "journal"
         shutil.rmtree(root, ignore_errors=True)
         journal.unlink(missing_ok=True)
-        if prepare:
-            shutil.copytree(before, root, symlinks=True)
-        ended = children.run(root, f"{point}:{passing}", journal=str(journal), **options)
-        if ended == 0:
-            return kills
-        assert ended == KILLED, children.errors.read_text()[-2000:]
-        assert_committed_is_kept(root, journal, options.get("fingerprint", "one"))
+        shutil.copytree(before, root)
+        assert children.run(root, f"{name}:{n}", journal=str(journal), **options) == KILLED, (name, n)
+        assert_committed_is_kept(root, journal, fingerprint)
         if check:
             check(root)
         assert children.run(root, **options) == 0, children.errors.read_text()[-2000:]
-        assert_is_run(root, options["count"], options.get("fingerprint", "one"))
-        assert peek(root, options.get("fingerprint", "one"), inputs(options["count"])).kind == "done"
+        assert_is_run(root, options["count"], fingerprint)
+        assert peek(root, fingerprint, inputs(options["count"])).kind == "done"
         assert_clean(root)
-    return None
+    return len(plan)
 
 
 def old_or_new(old, new):
     """A check that results.h5 is there all the time, whole, and one of two."""
+
     def check(root):
         with h5py.File(root / "results.h5") as file:
             assert_is_run(root, len(file["images/path"]))
             assert len(file["images/path"]) in (old, new)
+
     return check  # fmt: skip
 
 
-def test_a_new_run_killed_at_every_point(children, tmp_path):
-    assert sweep(children, tmp_path, {"count": 11}) > 100
+NEW, UPDATE, OVER = {"count": 11}, {"count": 11, "update": True}, {"count": 11, "fresh": True}
+KEPT = {"layout": "parts"}
 
 
-def test_a_run_that_keeps_its_parts_killed_at_every_third_point(children, tmp_path):
-    assert sweep(children, tmp_path, {"count": 11, "layout": "parts"}, stride=3) > 25
+def finished(children, **options):
+    """A preparation: the run of the first seven images."""
+
+    def prepare(root):
+        assert children.run(root, count=7, **options) == 0
+
+    return prepare  # fmt: skip
 
 
-def test_an_update_killed_at_every_third_point(children, tmp_path):
-    def finished(root):
-        assert children.run(root, count=7) == 0
+def another(children):
+    """A preparation: an unfinished run with another config, and a picture."""
 
-    options = {"count": 11, "update": True}
-    assert sweep(children, tmp_path, options, prepare=finished, check=old_or_new(7, 11), stride=3) > 25
-
-
-def test_an_update_of_kept_parts_killed_at_every_third_point(children, tmp_path):
-    def finished(root):
-        assert children.run(root, count=7, layout="parts") == 0
-
-    options = {"count": 11, "update": True, "layout": "parts"}
-    assert sweep(children, tmp_path, options, prepare=finished, check=old_or_new(7, 11), stride=3) > 20
-
-
-def test_starting_over_killed_at_every_point_of_the_removal(children, tmp_path):
-    def unfinished_other(root):
+    def prepare(root):
         assert children.run(root, count=11, fingerprint="another", merge=False) == 0
         (root / "overlays/gradcam").mkdir(parents=True)
         (root / "overlays/gradcam/a.png").write_bytes(b"x")
 
-    def other_goes_on(root):
+    return prepare  # fmt: skip
+
+
+def another_goes_on(children):
+    """A check that half-removed leavings of the other run are still that run, and no part of the new one."""
+
+    def check(root):
         if (root / "run.json").exists() and "another" in (root / "run.json").read_text():
             twin = root.with_name("twin")
             shutil.rmtree(twin, ignore_errors=True)
@@ -137,55 +160,97 @@ def test_starting_over_killed_at_every_point_of_the_removal(children, tmp_path):
             assert children.run(twin, count=11, fingerprint="another") == 0
             assert_is_run(twin, 11, "another")
 
-    options = {"count": 11, "fresh": True}
-    assert sweep(children, tmp_path, options, prepare=unfinished_other, check=other_goes_on, stride=2) > 50
+    return check  # fmt: skip
 
 
-def test_one_shard_killed_while_the_other_finishes(children, tmp_path):
-    passing = 0
-    for passing in counting(1, 2):
-        root = tmp_path / str(passing)
-        if children.run(root, f"any:{passing}", count=11, shard=[1, 2]) == 0:
-            break
+def test_a_new_run_killed_at_every_step(children, place, monkeypatch):
+    assert sweep(children, place, NEW, monkeypatch) > 35
+
+
+def test_a_run_that_keeps_its_parts_killed_while_merging(children, place, monkeypatch):
+    assert sweep(children, place, NEW | KEPT, monkeypatch, only="merge-*") >= 8
+
+
+def test_an_update_killed_at_every_step_of_its_own(children, place, monkeypatch):
+    own = "base-*|inputs-*|record-*|merge-*|remove-*"
+    counted = sweep(
+        children, place, UPDATE, monkeypatch, prepare=finished(children), check=old_or_new(7, 11), only=own
+    )
+    assert counted > 25
+
+
+def test_an_update_of_kept_parts_killed_while_it_begins(children, place, monkeypatch):
+    before = finished(children, **KEPT)
+    own = "inputs-*|record-*|merge-*ed"
+    assert (
+        sweep(children, place, UPDATE | KEPT, monkeypatch, prepare=before, check=old_or_new(7, 11), only=own)
+        > 12
+    )
+
+
+def test_starting_over_killed_at_every_step_of_the_removal(children, place, monkeypatch):
+    before, check = another(children), another_goes_on(children)
+    own = "fresh-*|remove-*|*-start"
+    assert sweep(children, place, OVER, monkeypatch, prepare=before, check=check, only=own) > 10
+
+
+def test_one_shard_killed_while_the_other_finishes(children, place):
+    for point in (
+        "inputs-renamed:1",
+        "record-half:1",
+        "record-done:1",
+        "part-half:2",
+        "part-renamed:2",
+        "part-done:2",
+    ):
+        root = place / point
+        assert children.run(root, point, count=11, shard=[1, 2]) == KILLED
         assert children.run(root, count=11, shard=[2, 2]) == 0
+        assert not (root / "results.h5").exists() or point == "part-done:2" or point == "part-renamed:2"
         assert children.run(root, count=11, shard=[1, 2]) == 0
         assert_is_run(root, 11)
         assert_clean(root)
-    assert passing > 20
 
 
-def test_killed_again_and_again_until_done(children, tmp_path):
+def test_killed_again_and_again_until_done(children, place):
     """Each try gets only a little further than the commit of one part."""
-    root, tries = tmp_path / "run", 0
-    while children.run(root, "any:9", count=11, merge=False) == KILLED:
+    root, tries = place / "run", 0
+    while children.run(root, "*-*:17", count=41, merge=False) == KILLED:
         tries += 1
         assert tries < 20
     assert tries >= 3
-    assert children.run(root, count=11) == 0
-    assert_is_run(root, 11)
+    assert children.run(root, count=41) == 0
+    assert_is_run(root, 41)
 
 
 @pytest.mark.parametrize("point", ["part-half", "part-written", "part-synced"])
-def test_a_part_is_nothing_before_its_rename(children, tmp_path, point):
-    assert children.run(tmp_path, f"{point}:2", count=11) == KILLED
-    assert [path.name for path in (tmp_path / "parts").glob("*.h5")] == ["00000.h5"]
-    assert len(list((tmp_path / "parts").glob("*.tmp"))) == 1
+def test_a_part_is_nothing_before_its_rename(children, place, point):
+    assert children.run(place, f"{point}:2", count=11) == KILLED
+    assert [path.name for path in (place / "parts").glob("*.h5")] == ["00000.h5"]
+    assert len(list((place / "parts").glob("*.tmp"))) == 1
 
 
-def test_the_lock_of_a_killed_run_is_free(children, tmp_path):
-    assert children.run(tmp_path, "part-half:1", count=11) == KILLED
-    assert (tmp_path / "locks/1-of-1.lock").stat().st_size > 0
-    assert children.run(tmp_path, count=11) == 0
+def test_the_lock_of_a_killed_run_is_free(children, place):
+    assert children.run(place, "part-half:1", count=11) == KILLED
+    assert (place / "locks/1-of-1.lock").stat().st_size > 0
+    assert children.run(place, count=11) == 0
+
+
+def test_a_second_process_is_refused_while_the_first_lives(children, place):
+    with open_store(place, record(), inputs(11)):
+        assert children.run(place, count=11) == 5
+        assert f"process {os.getpid()} on" in children.errors.read_text()
+    assert children.run(place, count=11) == 0
 
 
 # --- full disks ----------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_at_any_size_never_crashes_and_keeps_the_parts(children, tmp_path):
+def test_a_full_disk_at_any_size_never_crashes_and_keeps_the_parts(children, place):
     """The limit on file sizes stands for the disk: first parts fail, then the merge, then nothing."""
     ends = []
-    for size in range(1_000, 700_000, 12_000):
-        root, journal = tmp_path / str(size), tmp_path / f"journal-{size}"
+    for size in [1_000, 3_000, 10_000, 20_000, *range(30_000, 800_000, 60_000)]:
+        root, journal = place / str(size), place / f"journal-{size}"
         ends.append(children.run(root, count=11, journal=str(journal), file_size=size))
         if ends[-1]:
             assert ends[-1] == 6, (size, children.errors.read_text()[-2000:])
@@ -196,39 +261,46 @@ def test_a_full_disk_at_any_size_never_crashes_and_keeps_the_parts(children, tmp
         assert_is_run(root, 11)
         if ends[-1] == 0:
             break
-    assert ends.count(6) > 10
+    assert ends.count(6) > 5
     assert ends[-1] == 0
     assert "MB" in children.errors.read_text()
 
 
-def test_a_disk_that_fills_during_the_merge_leaves_the_old_results(children, tmp_path):
-    assert children.run(tmp_path, count=7) == 0
-    assert children.run(tmp_path, count=11, update=True, merge=False) == 0
-    assert children.run(tmp_path, count=11, file_size=100_000) == 6
-    old_or_new(7, 7)(tmp_path)
-    assert children.run(tmp_path, count=11) == 0
-    assert_is_run(tmp_path, 11)
+def test_a_disk_that_fills_during_the_merge_leaves_the_old_results(children, place):
+    assert children.run(place, count=7) == 0
+    assert children.run(place, count=11, update=True, merge=False) == 0
+    assert children.run(place, count=11, file_size=100_000) == 6
+    old_or_new(7, 7)(place)
+    assert children.run(place, count=11) == 0
+    assert_is_run(place, 11)
 
 
 # --- longer --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("layout", ["merged", "parts"])
-def test_updates_killed_at_every_point(children, tmp_path, layout):
-    def finished(root):
-        assert children.run(root, count=14, layout=layout) == 0
-
-    options = {"count": 41, "update": True, "layout": layout}
-    assert sweep(children, tmp_path, options, prepare=finished, check=old_or_new(14, 41)) > 150
+@pytest.mark.parametrize(
+    ("options", "before", "check"),
+    [
+        (NEW, None, None),
+        (NEW | KEPT, None, None),
+        (UPDATE, finished, old_or_new(7, 11)),
+        (UPDATE | KEPT, lambda children: finished(children, **KEPT), old_or_new(7, 11)),
+        (OVER, another, another_goes_on),
+    ],
+)
+def test_killed_at_every_passing_of_every_point(children, place, monkeypatch, options, before, check):
+    check = check(children) if check is another_goes_on else check
+    prepare = before and before(children)
+    assert sweep(children, place, options, monkeypatch, prepare=prepare, check=check, every=True) > 100
 
 
 @pytest.mark.soak
-def test_a_longer_run_killed_at_random_points_until_done(children, tmp_path):
+def test_a_longer_run_killed_at_random_points_until_done(children, place):
     rng = np.random.default_rng(0)
     for attempt in range(150):
-        root, journal = tmp_path / str(attempt), tmp_path / f"journal-{attempt}"
-        while children.run(root, f"any:{rng.integers(20, 400)}", count=41, journal=str(journal)) == KILLED:
+        root, journal = place / str(attempt), place / f"journal-{attempt}"
+        while children.run(root, f"*:{rng.integers(20, 400)}", count=41, journal=str(journal)) == KILLED:
             assert_committed_is_kept(root, journal)
         assert_is_run(root, 41)
         assert_clean(root)

@@ -13,17 +13,13 @@ public name is used, so that ``xai --help`` answers at once.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xcli.api import explain as explain
     from xcli.results import open_run as open_run
 
-try:
-    __version__ = version("xcli")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+__version__ = "0.1.0"
 
 __all__ = ["__version__", "explain", "open_run"]
 

@@ -17,8 +17,9 @@ _UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 class Allocated(io.RawIOBase):
     """The new file ``path`` with ``size`` bytes reserved, for ``h5py.File(allocated, "w")``.
 
-    ``error`` keeps the first ``OSError`` of a write. ``finish`` cuts the file at its real end and syncs it.
-    Raises ``OSError`` from the constructor where the space cannot be had; nothing was written then.
+    Raises ``OSError`` from the constructor where the space cannot be had. A write that fails nevertheless is kept in
+    ``error`` and it and later ones are dropped, for an exception inside HDF5 leaves it in pieces; ``check`` and
+    ``finish``, which cuts the file at its real end and syncs it, raise it.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -42,23 +43,28 @@ class Allocated(io.RawIOBase):
         self._reserved = max(size, self._reserved)
 
     def write(self, data: Any) -> int:
-        """Write at the position; every byte or an error."""
+        """Write at the position, or remember why not."""
         view = memoryview(data).cast("B")
         end = self._position + len(view)
-        try:
-            self._reserve(end)
-            write_all(self._descriptor, view, self._position)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+        if self.error is None:
+            try:
+                self._reserve(end)
+                write_all(self._descriptor, view, self._position)
+            except OSError as error:
+                self.error = error
         self._position, self._end = end, max(self._end, end)
-        failpoint("merge-write")
+        failpoint("hdf5")
         return len(view)
 
+    def check(self) -> None:
+        """Raise the error of the first write that failed, if one did."""
+        if self.error is not None:
+            raise self.error
+
     def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` from the position."""
-        data = os.pread(self._descriptor, len(buffer), self._position)
-        buffer[: len(data)] = data
+        """Fill ``buffer`` from the position; zeros where nothing was written."""
+        data = os.pread(self._descriptor, len(buffer), self._position).ljust(len(buffer), b"\0")
+        buffer[:] = data
         self._position += len(data)
         return len(data)
 
@@ -80,6 +86,7 @@ class Allocated(io.RawIOBase):
 
     def finish(self) -> None:
         """Give back what was not used and put the file on disk."""
+        self.check()
         os.ftruncate(self._descriptor, self._end)
         failpoint("merge-truncated")
         os.fsync(self._descriptor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xcli.errors import MemoryExhausted
+from xcli.forward import Forward
 from xcli.images import Batch, Source
 from xcli.methods.base import map_status, reduced, resized
 from xcli.models import find_logits
@@ -80,7 +81,7 @@ def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
     forward = plan.forward(x)
     logits = torch.cat([find_logits(outputs, plan.model.output).detach() for outputs in forward.outputs])
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    labels = torch.tensor([plan.labels[row] for row in batch.rows])
+    labels = torch.tensor([plan.label(sources[row]) for row in batch.rows])
     rows = selected(resolve(plan.targets, logits, labels, plan.model.output), plan, logits, labels)
     result = Result(list(batch.rows), batch.failed, batch.geometry, rows.image)
     own = logits[rows.image.to(logits.device)]
@@ -113,7 +114,7 @@ def selected(rows: ClassRows, plan: Plan, logits: Tensor, labels: Tensor) -> Cla
 
 
 def add_maps(
-    plan: Plan, result: Result, forward: object, rows: ClassRows, keys: Sequence[str], x: Tensor
+    plan: Plan, result: Result, forward: Forward, rows: ClassRows, keys: Sequence[str], x: Tensor
 ) -> None:
     """Run the methods; those that explain the same unit share their passes."""
     score = plan.score(forward, rows, keys)

@@ -36,7 +36,7 @@ _BOUNDS = {
 _UNKNOWN_KEY = {"extra_forbidden", "unexpected_keyword_argument"}
 
 
-class BadConfig(ConfigError):
+class InvalidConfigError(ConfigError):
     """Everything that is wrong with a config.
 
     Attributes:
@@ -123,6 +123,10 @@ def issues_of(
     found: dict[KeyPath, list[_Finding]] = {}
     for one in error.errors(include_url=False):
         path = _in_data(one["loc"], data, missing=one["type"] == "missing")
+        if one["type"] == "union_tag_invalid":
+            path = (*path, one["ctx"]["discriminator"].strip("'"))
+        if one["type"] == "missing" and isinstance(path[-1], int):
+            path, one = path[:-1], {**one, "type": "ended"}  # a list that is too short
         found.setdefault(path, []).append(_Finding(_kind(one["type"]), one))
     return [
         _issue(path, findings, keys_at, owner)
@@ -138,19 +142,23 @@ def _kind(type_: str) -> str:
 
 
 def _superseded(path: KeyPath, findings: list[_Finding], found: Mapping[KeyPath, object]) -> bool:
-    """Whether all is about a wrong type while another branch took the type and found errors further in."""
+    """Whether all is about the type or the length, while errors further in say that the type was right.
+
+    Pydantic counts only the valid entries of a list, so one bad entry alone makes it too short.
+    """
     deeper = any(len(other) > len(path) and other[: len(path)] == path for other in found)
-    return deeper and all(finding.kind == "expected" for finding in findings)
+    return deeper and all(one.kind == "expected" or one.error["type"] == "too_short" for one in findings)
 
 
 def _in_data(location: KeyPath, data: object, missing: bool) -> KeyPath:
     """Pydantic's location without the names of union branches, which are not in the data."""
     path: KeyPath = ()
     for i, step in enumerate(location):
-        if isinstance(data, Mapping) and step in data:
-            data = data[step]
-        elif isinstance(data, (list, tuple)) and isinstance(step, int) and step < len(data):
-            data = data[step]
+        inside = (
+            data if isinstance(data, Mapping) else dict(enumerate(data)) if isinstance(data, list) else {}
+        )
+        if step in inside:
+            data = inside[step]
         elif not (missing and i == len(location) - 1):
             continue
         path = (*path, step)
@@ -173,14 +181,18 @@ def _words(error: Mapping[str, Any], path: KeyPath) -> str:
     """An error that is not about the type alone."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "missing":
-        return "an entry is missing at the end" if isinstance(path[-1], int) else f"the key {path[-1]!r} is missing"
+        return f"the key {path[-1]!r} is missing"
+    if kind == "ended":
+        return f"the list is too short; got {len(value)} {'entry' if len(value) == 1 else 'entries'}"
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
-        return f"must be {words} {context[key]}, got {shown(value)}"
+        return f"must be {words} {context[key]:g}; got {shown(value)}"
     if kind in ("too_short", "string_too_short"):
         return "must not be empty"
     if kind == "too_long":
-        return f"takes {context['max_length']} entries, got {context['actual_length']}"
+        return f"takes {context['max_length']} entries; got {context['actual_length']}"
+    if kind == "union_tag_not_found":
+        return f"the key {context['discriminator']} is missing"
     if kind == "value_error":
         return str(context["error"])
     if kind == "union_tag_invalid":
@@ -194,7 +206,9 @@ def _expected(errors: list[Mapping[str, Any]]) -> str:
     choices = [c for e in errors if e["type"] == "literal_error" for c in _quoted(e["ctx"]["expected"])]
     types = list(dict.fromkeys(_EXPECTED[e["type"]] for e in errors if e["type"] in _EXPECTED))
     if not types:
-        return not_one_of(value, choices) if len(choices) > 1 else f"expected {choices[0]}; got {shown(value)}"
+        return (
+            not_one_of(value, choices) if len(choices) > 1 else f"expected {choices[0]}; got {shown(value)}"
+        )
     quote = types == ["text"] and isinstance(value, (bool, int, float))
     hint = f"; quote it: '{shown(value)}'" if quote else near(value, choices)
     return f"expected {' or '.join([*choices, *types])}; got {shown(value)}{hint}"

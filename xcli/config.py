@@ -6,7 +6,6 @@ imported only to look up the methods that a config names.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from xcli.complaints import BadConfig, Issue, dotted, issues_of, near, not_one_of, shown
+from xcli.complaints import InvalidConfigError, Issue, issues_of
+from xcli.crosschecks import across, worded
 from xcli.entries import MethodSpec, method_specs
 from xcli.errors import ConfigError
+from xcli.modelsection import ModelSection
 from xcli.overrides import Draft, Origins, choose_methods, drafted, put, set_value
 from xcli.registry import nearest
 from xcli.sections import (
     ClassTarget,
     ImagesSection,
-    ModelSection,
     OutputSection,
     RuntimeSection,
     ScoreChoice,
@@ -48,8 +48,6 @@ methods: [gradcam, hirescam, layercam, eigencam, random]
 output: {png: [overlay, panel]}
 """
 """What is explained where no config is named; the same as configs/quickstart.yaml."""
-
-COMMON_COLORMAPS = ("jet", "turbo", "viridis", "magma", "inferno", "plasma", "hot", "gray", "coolwarm", "bwr", "seismic")
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,8 @@ class Config:
         )
         written = sections.model_dump(mode="json", by_alias=True)
         head = {key: written.pop(key) for key in ("model", "images", "target", "score")}
+        if len(head["target"]) == 1:
+            head["target"] = head["target"][0]
         return {**head, "methods": [spec.plain() for spec in self.methods], **written}
 
     def text(self) -> str:
@@ -118,7 +118,7 @@ class Config:
 
     def error(self, key: KeyPath, text: str) -> ConfigError:
         """An error about ``key`` that was found after the config was read, with the key's place."""
-        return BadConfig([self.origins.line(Issue(key, text))[1]])
+        return InvalidConfigError([self.origins.line(Issue(key, text))[1]])
 
 
 def load_config(
@@ -138,10 +138,12 @@ def load_config(
         methods: ``--methods``, names separated by commas.
         inputs, output, device: ``--input``, ``--output``, ``--device``; they replace what the config says.
     Raises:
-        ConfigError: the file cannot be read, or ``BadConfig`` with every problem of the config and of the options.
+        ConfigError: the file cannot be read.
+        InvalidConfigError: every problem of the config and of the options.
     """
     file = "the built-in config" if path is None else str(path)
-    draft = drafted(read_yaml(DEFAULT if path is None else _content(Path(path)), file), file)
+    content = DEFAULT if path is None else _content(Path(path))
+    draft = drafted(read_yaml(content, file), file)
     draft.data.setdefault("methods", ["gradcam"])
     for text in overrides:
         set_value(draft, text)
@@ -159,45 +161,57 @@ def checked(draft: Draft, name: str) -> Config:
     """The typed config of a draft; ``name`` is the output folder under ``results`` where none is set.
 
     Raises:
-        BadConfig: with everything that is wrong.
+        InvalidConfigError: with everything that is wrong.
     """
-    data = {key: value for key, value in draft.data.items() if key != "methods"}
+    empty = {key for key in (*Sections.model_fields, "methods") if draft.data.get(key, "") is None}
+    given = {
+        key: value for key, value in draft.data.items() if key not in empty
+    }  # an empty section is left out
+    data = {key: value for key, value in given.items() if key != "methods"}
     where = data.get("output", {})
     if isinstance(where, dict) and "path" not in where:
         data["output"] = {"path": f"results/{name.replace('{', '').replace('}', '') or 'run'}", **where}
     score = data.get("score", "auto")
-    specs, issues = method_specs(draft.data.get("methods", ["gradcam"]), score)
-    issues += _across(data)
+    specs, issues = method_specs(given.get("methods", ["gradcam"]), score)
+    issues += across(data)
+    target = data.get("target", "predicted")
+    listed = {**data, "target": target if isinstance(target, list) else [target]}
     try:
-        sections = Sections.model_validate_json(json.dumps(data), strict=True)
+        sections = Sections.model_validate_json(json.dumps(listed), strict=True)
     except ValidationError as error:
         issues += issues_of(error, data, keys_at)
-    lines = draft.lines(issues)
+    lines = draft.lines(worded(issue, data) for issue in issues)
     if lines:
-        raise BadConfig(lines)
+        raise InvalidConfigError(lines)
     parts = {key: getattr(sections, key) for key in Sections.model_fields}
     return Config(**parts, methods=specs, origins=draft.origins)
 
 
-def resolve_targets(config: Config, categories: Sequence[str], labels: int | None = None) -> tuple[Target, ...]:
+def resolve_targets(
+    config: Config, categories: Sequence[str], labels: int | None = None
+) -> tuple[Target, ...]:
     """The config's targets with class names looked up.
 
     Args:
         categories: names of the model's classes in order; empty where they are unknown.
         labels: how many classes the model has; None: as many as there are names, unchecked where there are none.
     Raises:
-        BadConfig: a class is not among the model's; every such class is named, with its place.
+        InvalidConfigError: a class is not among the model's; every such class is named, with its place.
     """
     from xcli import targets
 
     count = labels if labels is not None else len(categories) or None
+    root: KeyPath = ("target",)
+    alone = (*root, 0) not in config.origins.positions  # written without a list
     issues: list[Issue] = []
     found: list[Target] = []
     for i, item in enumerate(config.target):
         if isinstance(item, ClassTarget):
-            path = ("target", i, "class")
+            path = (*root, "class") if alone else (*root, i, "class")
             indices = [
-                _class_index(wanted, (*path, j) if isinstance(item.classes, tuple) else path, categories, count, issues)
+                _class_index(
+                    wanted, (*path, j) if isinstance(item.classes, tuple) else path, categories, count, issues
+                )
                 for j, wanted in enumerate(item.wanted)
             ]
             found.append(targets.Classes(tuple(dict.fromkeys(indices))))
@@ -206,5 +220,69 @@ def resolve_targets(config: Config, categories: Sequence[str], labels: int | Non
         else:
             found.append(targets.Label() if item == "label" else targets.Predicted())
     if issues:
-        raise BadConfig([text for _, text in sorted(config.origins.line(issue) for issue in issues)])
+        raise InvalidConfigError([text for _, text in sorted(config.origins.line(issue) for issue in issues)])
     return tuple(found)
+
+
+def _class_index(
+    wanted: int | str, path: KeyPath, categories: Sequence[str], count: int | None, issues: list[Issue]
+) -> int:
+    """The index of a class given by name or index; -1, and an issue, where the model has no such class."""
+    if isinstance(wanted, int):
+        if wanted < 0 or (count is not None and wanted >= count):
+            most = (
+                f"; the model has {count} classes, numbered from 0"
+                if count is not None
+                else "; indices start at 0"
+            )
+            issues.append(Issue(path, f"there is no class {wanted}{most}"))
+        return wanted
+    indices = [i for i, name in enumerate(categories) if name == wanted]
+    if not categories:
+        cure = f"give an index instead of {wanted!r}, or name the classes by model.categories"
+        issues.append(Issue(path, f"the model's class names are unknown; {cure}"))
+    elif not indices:
+        few = f"; the classes are {', '.join(categories)}" if len(categories) <= 20 else ""
+        issues.append(
+            Issue(path, f"the model has no class {wanted!r}{few}{nearest(wanted, list(categories))}")
+        )
+    elif len(indices) > 1:
+        which = ", ".join(map(str, indices))
+        issues.append(
+            Issue(path, f"{len(indices)} classes are called {wanted!r}; give the index of one: {which}")
+        )
+    return indices[0] if indices else -1
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a config file. Raises ConfigError saying what else there is."""
+    if path.is_dir():
+        raise ConfigError(
+            f"{path} is a folder; name one of its configs: {_configs_in(path) or 'it has none'}"
+        )
+    if not path.exists():
+        folder = path.parent
+        close = nearest(path.name, [found.name for found in _yaml_files(folder)])
+        others = _configs_in(folder)
+        there = f"; {folder} has {others}" if others else ""
+        raise ConfigError(f"there is no config {path}{there}{close}")
+    if not path.is_file():
+        raise ConfigError(f"{path} is not a regular file")
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{path}: larger than {LARGEST_FILE >> 20} MiB; this is not a config")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    try:
+        return sorted(found for found in folder.iterdir() if found.suffix in (".yaml", ".yml"))
+    except OSError:
+        return []
+
+
+def _configs_in(folder: Path) -> str:
+    names = [found.name for found in _yaml_files(folder)]
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from xcli.errors import OutputLocked, OutputUnwritable
@@ -24,14 +25,14 @@ _passes: Counter[str] = Counter()
 
 
 def failpoint(name: str) -> None:
-    """Die by SIGKILL at the n-th pass when ``XCLI_FAILPOINT=name:n`` (``any:n`` counts every point); else nothing."""
+    """Die by SIGKILL at the n-th pass if ``XCLI_FAILPOINT=pattern:n`` is set; the (shell) pattern chooses the names."""
     wanted = os.environ.get("XCLI_FAILPOINT")
     if not wanted:
         return
-    chosen, _, count = wanted.rpartition(":")
-    if chosen in (name, "any"):
-        _passes[chosen] += 1
-        if _passes[chosen] == int(count):
+    pattern, _, count = wanted.rpartition(":")
+    if fnmatchcase(name, pattern):
+        _passes[pattern] += 1
+        if _passes[pattern] == int(count):
             os.kill(os.getpid(), signal.SIGKILL)
 
 

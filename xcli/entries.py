@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from xcli import registry
+from xcli.complaints import Issue, issues_of, not_one_of, shown
 from xcli.errors import ConfigError
 from xcli.sections import ScoreChoice
 
@@ -52,7 +53,7 @@ class MethodSpec:
     @property
     def params(self) -> dict[str, Any]:
         """Every option of the method with its value."""
-        return {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}  # type: ignore[arg-type]
+        return {field.name: getattr(self.method, field.name) for field in dataclasses.fields(self.method)}
 
     @property
     def scale(self) -> Scale:
@@ -89,7 +90,7 @@ def method_specs(entries: object, score: ScoreChoice = "auto") -> tuple[tuple[Me
 
 def known_keys(method: type[Method]) -> tuple[str, ...]:
     """The keys an entry of this method takes, its own first."""
-    return (*(field.name for field in dataclasses.fields(method)), *COMMON[1:])  # type: ignore[arg-type]
+    return (*(field.name for field in dataclasses.fields(method)), *COMMON[1:])
 
 
 def _placed(index: int, entry: object, path: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -128,7 +129,9 @@ def _common_issues(entry: Mapping[str, Any], cls: type[Method]) -> list[Issue]:
     issues = []
     label, preset, score = entry.get("as"), entry.get("preset", PAPER), entry.get("score", "auto")
     if "as" in entry and not (isinstance(label, str) and re.fullmatch(LABEL, label)):
-        issues.append(Issue(("as",), f"a result's name takes letters, digits, . _ + and -; got {shown(label)}"))
+        issues.append(
+            Issue(("as",), f"a result's name takes letters, digits, . _ + and -; got {shown(label)}")
+        )
     if preset not in (presets := [PAPER, *cls.presets]):
         issues.append(Issue(("preset",), not_one_of(preset, presets, f"{cls.name} has the presets ")))
     if score not in SCORES:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from xcli.errors import ModelError
@@ -28,11 +29,20 @@ def call(name: str, args: Mapping[str, Any]) -> Any:
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ModelError(f"factory {name!r}: write package.module:callable or path/to/file.py:callable")
-    with user_code(name):
+    with user_code(name), seeded():
         target: Any = _imported(place)
         for part in attribute.split("."):
             target = getattr(target, part)
+    with user_code(name), seeded():  # anew: whether the import drew numbers does not matter
         return target if isinstance(target, nn.Module) else target(**args)
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """The same random numbers each time inside the block; the generator goes on after it as if nothing happened."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 def _imported(place: str) -> Any:

@@ -8,9 +8,11 @@ cells whose value can still change what the network answers.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -174,37 +176,30 @@ def survey(module: nn.Module, x: Tensor, output: str | None = None) -> Layers:
 
 
 def _default(calls: Sequence[Call], head: Call | None) -> str | None:
-    ran = [call.name for call in calls]
-    before = calls if head is None else calls[: next(i for i, call in enumerate(calls) if call is head)]
+    runs = Counter(call.name for call in calls)
+    before = list(takewhile(lambda call: call is not head, calls))
     for call in reversed(before):
-        share = call.alive.share
-        if (
-            call.may_be_default()
-            and ran.count(call.name) == 1
-            and share is not None
-            and share.item() >= _ALIVE
-        ):
+        alive = call.alive.share
+        if call.may_be_default() and runs[call.name] == 1 and alive is not None and alive.item() >= _ALIVE:
             return call.name
     return None
 
 
 def _layers(module: nn.Module, calls: Sequence[Call], default: str | None) -> Layers:
-    last = {call.name: call for call in calls}
-    ran = [call.name for call in calls]
+    last: dict[str, Call] = {}
+    for call in calls:
+        last.pop(call.name, None)  # so that the order is that of last calls
+        last[call.name] = call
+    runs = Counter(call.name for call in calls)
     names = {part: name for name, part in module.named_modules()}
-    rows = tuple(
-        Row(
-            name,
-            type(part).__name__,
-            ran.count(name),
-            call and call.shape,
-            call and call.grid,
-            name == default,
-        )
-        for part, name in names.items()
-        for call in [last.get(name)]
-        if name
-    )
-    order = tuple(sorted(last, key=lambda name: len(ran) - ran[::-1].index(name)))
-    every = module.named_modules(remove_duplicate=False)
-    return Layers(rows, order, {name: names[part] for name, part in every if name != names[part]})
+    rows = []
+    for part, name in names.items():
+        ran = last.get(name)
+        shape, grid = (ran.shape, ran.grid) if ran else (None, None)
+        rows.append(Row(name, type(part).__name__, runs[name], shape, grid, name == default))
+    aliases = {
+        name: names[part]
+        for name, part in module.named_modules(remove_duplicate=False)
+        if name != names[part]
+    }
+    return Layers(tuple(row for row in rows if row.name), tuple(filter(None, last)), aliases)

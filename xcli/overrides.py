@@ -9,7 +9,7 @@ from typing import Any
 
 from xcli.complaints import Issue, dotted, shown
 from xcli.errors import ConfigError
-from xcli.yamlfile import Document, KeyPath, Mark, Place, read_yaml
+from xcli.yamlfile import Document, KeyPath, Mark, Place, is_text, read_yaml
 
 Order = tuple[int, int, int]
 """Sorts lines: those of the file by position, then those of options as they were given."""
@@ -68,7 +68,7 @@ class Draft:
 
     def lines(self, issues: Iterable[Issue]) -> list[str]:
         """Everything that is wrong, sorted by place, nothing twice."""
-        new = [self.origins.line(issue) for issue in issues if issue.path not in self.unread]
+        new = [self.origins.line(issue) for issue in issues if issue.at_key or issue.path not in self.unread]
         return list(dict.fromkeys(text for _, text in sorted(self.found + new)))
 
     def refuse(self, option: str, text: str) -> None:
@@ -96,14 +96,17 @@ def drafted(document: Document, file: str) -> Draft:
             raise ConfigError(f"{file}: the config is empty; `xai init` writes one to start from")
         raise ConfigError(f"{file}:1:1: expected keys such as model: and images:; got {shown(data)}")
     draft = Draft(data if isinstance(data, dict) else {}, Origins(file, dict(document.positions)))
-    for path, mark, text in document.faults:
+    for path, mark, text, _ in document.faults:
         draft.found.append(((0, *mark), draft.origins.at(mark, path, text)))
-    draft.unread = {fault.path for fault in document.faults}
+    draft.unread = {fault.path for fault in document.faults if fault.lost}
     return draft
 
 
 def put(draft: Draft, key: str, value: Any, option: str) -> None:
     """Give the key path ``key``, dotted, a new value in the name of a command line option."""
+    if not is_text(value):
+        draft.refuse(option, f"{shown(value)} is not UTF-8, so a config cannot hold it")
+        return
     path: list[str | int] = []
     here: Any = draft.data
     steps = key.split(".")
@@ -187,7 +190,7 @@ def _entered(here: Any, step: str | int, following: str, path: KeyPath) -> Any:
     new: Any = [] if following.isdecimal() and path == ("methods",) else {}
     if isinstance(here, list) and step == len(here):
         here.append(new)
-    inside = here.get(step) if isinstance(here, dict) else here[step]  # type: ignore[index]
+    inside = here.get(step) if isinstance(here, dict) else here[step]
     if isinstance(inside, str) and len(path) == 2 and path[0] == "methods":
         inside = {"name": inside}
     if inside is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,7 +43,7 @@ class Namer:
 
     def __init__(self, paths: Iterable[str]) -> None:
         """``paths``: relative to the input root, ``/`` between components, stray bytes as surrogates."""
-        every = sorted(set(paths))
+        every = set(paths)
         plain = {path: _plain(path) for path in every}
         folded = {path: _fold(name) for path, (name, _) in plain.items()}
         count = Counter(folded.values())
@@ -188,9 +189,7 @@ class PictureWriter:
             done.result()
         except OutputUnwritable as failure:
             self._failure = failure
-            for waiting, _, _ in self._pending:
-                waiting.cancel()
-            self._pending.clear()
+            self._pending.clear()  # leaving the block cancels them
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -198,7 +197,8 @@ class PictureWriter:
 
     def _store(self, path: Path, image: Image.Image) -> None:
         encoded = BytesIO()
-        image.save(encoded, format="PNG", compress_level=1)
+        strategy = zlib.Z_DEFAULT_STRATEGY if image.mode == "P" else zlib.Z_RLE  # the better one for each
+        image.save(encoded, format="PNG", compress_level=1, compress_type=strategy)
         try:
             if path.parent not in self._folders:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,8 @@ from xcli.methods.base import Attribution, resized
 from xcli.models import Model, find_logits, load_model
 from xcli.preprocess import Preprocess
 from xcli.score import Score
-from xcli.targets import ClassRows, Predicted, Target, Top, Classes, resolve
+from xcli.weights import weights_hash
+from xcli.targets import Classes, ClassRows, Predicted, Target, Top, resolve
 
 PART_SECONDS = 60.0
 PART_BYTES = 256 << 20
@@ -40,7 +41,7 @@ class Plan:
         preprocess: gives ``size`` (H, W) for every image.
         methods: as configured, their layers by name.
         at: the layers that any of the methods looks at.
-        labels: class index of each image, -1 where it has none.
+        classes: class index of each label's text.
         batch_size: images in a batch; a part holds whole batches, so a batch is the same in every run.
         shapes: of one stored map, by the method's label.
         seconds: what one image took when the plan was made, all methods together.
@@ -53,7 +54,7 @@ class Plan:
     preprocess: Preprocess
     size: tuple[int, int]
     targets: tuple[Target, ...]
-    labels: tuple[int, ...]
+    classes: Mapping[str, int]
     methods: tuple[MethodSpec, ...]
     layers: Layers
     at: tuple[str, ...]
@@ -62,6 +63,8 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     seconds: float
     folds: int
+    channels_last: bool
+    weights_sha256: str
 
     @property
     def part_length(self) -> int:
@@ -69,6 +72,10 @@ class Plan:
         maps = sum(4 * int(torch.Size(shape).numel()) for shape in self.shapes.values())
         most = min(PART_IMAGES, PART_BYTES / (maps * self.most_rows + 1), PART_SECONDS / max(self.seconds, 1e-6))
         return max(1, int(most) // self.batch_size) * self.batch_size
+
+    def label(self, source: Source) -> int:
+        """Class index of an image's label, -1 where it has none."""
+        return self.classes.get(source.label or "", -1)
 
     @property
     def most_rows(self) -> int:
@@ -83,13 +90,14 @@ class Plan:
             "layers": {spec.label: list(layers_of(spec, self.layers)) for spec in self.methods},
             "shapes": {label: list(shape) for label, shape in self.shapes.items()},
             "folded": self.folds,
+            "channels_last": self.channels_last,
             "preprocess": self.preprocess.describe(),
         }
 
     def to_input(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) on the device -> normalised model input, in the layout the model likes."""
         x = self.preprocess.normalise(pixels, self.dtype)
-        layout = torch.channels_last if self.config.runtime.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
 
     def forward(self, x: Tensor) -> Forward:
@@ -125,13 +133,15 @@ def prepared(config: Config, sources: Sequence[Source], known: Mapping[str, Any]
     device = chosen_device(config.runtime.device)
     dtype = DTYPES.get(config.runtime.precision, torch.float32)
     model = load_model(config.model_spec(), device)
+    digest = weights_hash(model.module)
     model.module.to(dtype)
     with ExitStack() as undo:
         undo.enter_context(tuning.exact())
         undo.enter_context(frozen(model.module))
         size = tuple(known["size"]) if known else input_size(config, model.preprocess, sources)
         preprocess = model.preprocess.with_size(size)
-        if config.runtime.channels_last:
+        last = wants_channels_last(config, model.module, device)
+        if last:
             undo.enter_context(tuning.channels_last(model.module))
         x = noise(preprocess, size, device, dtype)
         layers = survey(model.module, x, model.output)
@@ -148,7 +158,7 @@ def prepared(config: Config, sources: Sequence[Source], known: Mapping[str, Any]
             preprocess=preprocess,
             size=size,
             targets=resolve_targets(config, model.categories),
-            labels=label_indices(config, [source.label for source in sources], model.categories),
+            classes=label_classes(config, [source.label for source in sources], model.categories),
             methods=methods,
             layers=layers,
             at=at,
@@ -157,8 +167,17 @@ def prepared(config: Config, sources: Sequence[Source], known: Mapping[str, Any]
             shapes={},
             seconds=0.0,
             folds=folds,
+            channels_last=last,
+            weights_sha256=digest,
         )
         yield tried(plan, x, known)
+
+
+def wants_channels_last(config: Config, module: nn.Module, device: torch.device) -> bool:
+    """Whether to keep images and weights in channels-last layout; ``auto``: on a CPU or GPU, with convolutions."""
+    if config.runtime.channels_last != "auto":
+        return config.runtime.channels_last
+    return device.type in ("cpu", "cuda") and any(isinstance(part, nn.Conv2d) for part in module.modules())
 
 
 def chosen_device(name: str) -> torch.device:
@@ -223,11 +242,11 @@ def pinned(spec: MethodSpec, layers: Layers, known: Mapping[str, Sequence[str]])
     return replace(spec, method=replace(spec.method, layer=tuple(layer.name for layer in found)))
 
 
-def label_indices(config: Config, labels: Sequence[str | None], categories: Sequence[str]) -> tuple[int, ...]:
+def label_classes(config: Config, labels: Sequence[str | None], categories: Sequence[str]) -> dict[str, int]:
     """Class index of each label: a category's name, else its number, else the folder's place among all folders.
 
     The last is torchvision's ImageFolder rule and holds where there are as many folders as classes and no folder
-    is a category. -1 where there is no label or no such class.
+    is a category. Labels that are no class are left out.
 
     Raises:
         ConfigError: the config needs labels and none of them is a class.
@@ -235,14 +254,15 @@ def label_indices(config: Config, labels: Sequence[str | None], categories: Sequ
     by_name = {name.casefold(): index for index, name in reversed(list(enumerate(categories)))}
     distinct = sorted({label for label in labels if label})
     found = {label: by_name.get(label.casefold(), number(label, len(categories))) for label in distinct}
-    if config.images.labels == "folder" and len(distinct) == len(categories) and max(found.values(), default=-1) < 0:
+    found = {label: index for label, index in found.items() if index >= 0}
+    if config.images.labels == "folder" and not found and len(distinct) == len(categories):
         found = {label: index for index, label in enumerate(distinct)}
-    if distinct and max(found.values()) < 0 and config.needs_labels:
+    if distinct and not found and config.needs_labels:
         raise ConfigError(
             f"images.labels: none of the labels is a class of the model: {', '.join(map(repr, distinct[:3]))}...; "
             f"classes are {', '.join(map(repr, categories[:3]))}..."
         )
-    return tuple(found[label] if label else -1 for label in labels)
+    return found
 
 
 def number(label: str, count: int) -> int:
@@ -293,3 +313,12 @@ def fitting_batch(plan: Plan, used: int, images: int) -> int:
     return 1 << max(0, min(int(most), max(1, rows)).bit_length() - 1)
 
 
+
+
+def surveyed(config: Config) -> Layers:
+    """The layers of a config's model, at its input size (224 x 224 where that is the images' own)."""
+    device = chosen_device(config.runtime.device)
+    model = load_model(config.model_spec(), device)
+    size = config.images.size or model.preprocess.size or (224, 224)
+    with frozen(model.module):
+        return survey(model.module, noise(model.preprocess.with_size(size), size, device, torch.float32), model.output)

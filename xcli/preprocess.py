@@ -178,6 +178,13 @@ class Preprocess:
         grown = int(self.resize * long / short)  # torchvision truncates here
         return (grown, self.resize) if width <= height else (self.resize, grown)
 
+    @property
+    def draft_size(self) -> Size | None:
+        """(H, W) that a JPEG decoded at lower resolution must keep (twice) to look the same once resized."""
+        if self.letterbox and self.size is not None:
+            return self.size
+        return None if self.resize is None else _pair(self.resize)
+
     def with_size(self, size: Size) -> Preprocess:
         """The same preprocessing, made to give (H, W) for every image.
 

@@ -62,7 +62,7 @@ class RunResults:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = h5py.File(path, "r", locking=False)
+            self._file = h5py.File(path, "r")
         except OSError as error:
             raise InputError(f"{shown(path)} cannot be read as HDF5: {error}") from error
         try:
@@ -123,7 +123,10 @@ class RunResults:
         maps = self._maps(name)
         if rows is None or isinstance(rows, int | slice):
             return np.asarray(maps[slice(None) if rows is None else rows])
-        chosen = np.arange(len(maps))[np.asarray(rows)]  # negative rows and boolean masks become indices
+        index = np.asarray(rows)
+        if not index.size:
+            return np.asarray(maps[:0])
+        chosen = np.arange(len(maps))[index]  # negative rows and boolean masks become indices
         ordered, place = np.unique(chosen, return_inverse=True)
         return np.asarray(maps[ordered])[place]
 

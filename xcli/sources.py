@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import logging
 import os
+import pickle
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 from xcli.errors import ModelError, XaiError
-from xcli.factory import call
+from xcli.factory import call, seeded
 from xcli.preprocess import Preprocess
 from xcli.weights import SUFFIXES, fill, load_weights, read_state_dict, refuse_code
 
@@ -90,7 +91,7 @@ def torchvision(spec: ModelSpec) -> Built:
     else:
         _known(spec.weights, offers.__members__, f"weights of {spec.name}")
         record = offers[spec.weights]
-        with _reachable(record.url, str(Path(torch.hub.get_dir(), "checkpoints", Path(record.url).name))):
+        with _cached(record.url):
             module = _torchvision_built(spec, record)
     preprocess = None if record is None or spec.preprocess != "auto" else record.transforms()
     names = () if record is None else tuple(record.meta.get("categories", ()))
@@ -120,8 +121,8 @@ def _torchvision_from_file(spec: ModelSpec) -> nn.Module:
     if spec.name in ("googlenet", "inception_v3"):  # as their published weights want it
         auxiliary = any(key.startswith(("aux", "AuxLogits")) for key in tensors)
         options = {"transform_input": True, "aux_logits": auxiliary, "init_weights": False}
-    with torch.device("meta"):
-        own = _torchvision_built(spec, None, **options).state_dict()
+    module = _torchvision_built(spec, None, **options)
+    own = module.state_dict()
     heads = {
         tensors[key].shape[0]
         for key, value in own.items()
@@ -129,8 +130,7 @@ def _torchvision_from_file(spec: ModelSpec) -> nn.Module:
         if value.shape[0] == 1000 and value.shape[1:] == tensors[key].shape[1:]
     }
     if len(heads) == 1:
-        options["num_classes"] = heads.pop()
-    module = _torchvision_built(spec, None, **options)
+        module = _torchvision_built(spec, None, **{**options, "num_classes": heads.pop()})
     fill(module, tensors, spec.weights)
     return module
 
@@ -152,7 +152,7 @@ def timm(spec: ModelSpec) -> Built:
     with (
         seeded(),
         _arguments_of(spec),
-        _reachable(where, "the Hugging Face cache (HF_HOME)") if pretrained else _as_is(),
+        _reachable(where, "the Hugging Face cache (HF_HOME)") if pretrained else contextlib.nullcontext(),
     ):
         try:
             module = timm.create_model(full, pretrained=pretrained, **spec.args)
@@ -166,7 +166,9 @@ def timm(spec: ModelSpec) -> Built:
 def _timm_preprocess(module: nn.Module) -> Preprocess:
     from timm import data
 
-    config: dict[str, Any] = data.resolve_data_config({}, model=module)
+    config: dict[str, Any] = data.resolve_data_config(  # type: ignore[attr-defined, no-untyped-call]
+        {}, model=module
+    )
     _, h, w = config["input_size"]
     scaled = int(h / config["crop_pct"]), int(w / config["crop_pct"])
     short_side = config["crop_mode"] != "squash" and h == w
@@ -192,8 +194,7 @@ def _timm_categories(module: nn.Module) -> tuple[str, ...]:
 
 def factory(spec: ModelSpec) -> Built:
     """Whatever the user's callable returns: a module, or (module, preprocessing)."""
-    with seeded():
-        made = call(spec.name, spec.args)
+    made = call(spec.name, spec.args)
     made, keys = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(made, nn.Module):
         kind = f"the class {made.__name__}" if isinstance(made, type) else f"a {type(made).__name__}"
@@ -213,7 +214,10 @@ def _preprocess(keys: Any, name: str) -> Preprocess | None:
     if keys is None or isinstance(keys, Preprocess):
         return keys
     try:
-        return Preprocess(**{key: tuple(v) if isinstance(v, list) else v for key, v in dict(keys).items()})
+        fields: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in dict(keys).items()
+        }
+        return Preprocess(**fields)
     except (TypeError, ValueError, XaiError) as error:
         raise ModelError(f"factory {name} returned a preprocessing that cannot be used: {error}") from error
 
@@ -274,14 +278,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
-@contextlib.contextmanager
-def seeded() -> Iterator[None]:
-    """The same random numbers each time inside the block; the generator goes on after it as if nothing happened."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
-
-
 def _known(name: str, known: Iterable[str], what: str) -> None:
     names = list(known)
     if name not in names:
@@ -296,11 +292,6 @@ def _logits(module: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def _as_is() -> Iterator[None]:
-    yield
-
-
-@contextlib.contextmanager
 def _arguments_of(spec: ModelSpec) -> Iterator[None]:
     try:
         yield
@@ -310,6 +301,24 @@ def _arguments_of(spec: ModelSpec) -> Iterator[None]:
         raise ModelError(
             f"{spec.source} model {spec.name} cannot be built with {dict(spec.args)}: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _cached(url: str) -> Iterator[None]:
+    """Say what is wrong with a file in torch's own cache, or that it is not there and cannot be fetched."""
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    try:
+        with _reachable(url, str(file)) if not file.is_file() else contextlib.nullcontext():
+            yield
+    except (RuntimeError, OSError, EOFError, LookupError, pickle.UnpicklingError):
+        if file.is_file():
+            try:
+                read_state_dict(file)
+            except ModelError as error:
+                raise ModelError(
+                    f"in torch's cache, {error}; delete the file to download it again"
+                ) from error
+        raise
 
 
 @contextlib.contextmanager

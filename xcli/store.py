@@ -31,7 +31,6 @@ from xcli.errors import ConfigError
 from xcli.merge import (
     LOCKS,
     RECORD_LOCK,
-    Layout,
     current_layout,
     drop_parts,
     merge_run,
@@ -56,6 +55,7 @@ from xcli.record import (
     relocated,
     save,
 )
+from xcli.survey import Layout
 
 __all__ = [
     "Column",

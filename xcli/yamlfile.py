@@ -7,6 +7,7 @@ zero, a key given twice, a merge key, a foreign tag and a number that is not fin
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from typing import Any, NamedTuple
@@ -48,11 +49,15 @@ class Place(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Something in the file that cannot be taken as it stands; reading went on behind it."""
+    """Something in the file that cannot be taken as it stands; reading went on behind it.
+
+    ``lost``: the data holds None in its place; otherwise what it repeats.
+    """
 
     path: KeyPath
     mark: Mark
     text: str
+    lost: bool = True
 
 
 class Document(NamedTuple):
@@ -66,14 +71,14 @@ class Document(NamedTuple):
 class _Loader(yaml.SafeLoader):
     """Composes nodes only; nothing is constructed."""
 
-    yaml_implicit_resolvers = {}
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self.depth += 1
         if self.depth > DEEPEST:
             raise yaml.MarkedYAMLError(
-                problem=f"nested more than {DEEPEST} levels deep", problem_mark=self.peek_event().start_mark
+                problem=f"nested more than {DEEPEST} levels deep",
+                problem_mark=parent.start_mark if parent else None,
             )
         try:
             return super().compose_node(parent, index)
@@ -88,6 +93,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text as a node; with any kind of line break in double quotes, the only style that keeps them all."""
+    style = '"' if text and text.splitlines() != [text] else None
+    return dumper.represent_scalar(f"{_TAG}str", text, style)
+
+
+_Dumper.add_representer(str, _quoted)
+_Loader.yaml_implicit_resolvers = {}
 for _name, _pattern in _PLAIN.items():
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), None)
     _Dumper.add_implicit_resolver(_TAG + _name, re.compile(_pattern), None)
@@ -116,8 +129,17 @@ def read_yaml(text: str | bytes, file: str) -> Document:
 
 def write_yaml(data: Any) -> str:
     """Plain data as YAML that ``read_yaml`` reads back unchanged; lists and keys of plain values on one line."""
+    return _written(data, flow=None)
+
+
+def write_inline(data: Any) -> str:
+    """Plain data as YAML on one line, as it can stand behind a key."""
+    return _written([data], flow=True).strip()[1:-1]
+
+
+def _written(data: Any, flow: bool | None) -> str:
     written: str = yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=math.inf
+        data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow, width=math.inf
     )
     return written
 
@@ -145,7 +167,10 @@ def _composed(text: str, file: str) -> yaml.Node | None:
         at = f"{mark.line + 1}:{mark.column + 1}" if mark else "1:1"
         raise ConfigError(f"{file}:{at}: {_plain_words(error)}") from error
     except yaml.reader.ReaderError as error:
-        line, column = text.count("\n", 0, error.position) + 1, error.position - text.rfind("\n", 0, error.position)
+        line, column = (
+            text.count("\n", 0, error.position) + 1,
+            error.position - text.rfind("\n", 0, error.position),
+        )
         raise ConfigError(f"{file}:{line}:{column}: a character that YAML does not allow") from error
     except (ValueError, OverflowError) as error:  # an escape beyond Unicode, a version number without end
         raise ConfigError(f"{file}: not valid YAML: {error}") from error
@@ -185,7 +210,8 @@ class _Reading:
         self.positions[path] = Place(key, mark)
         self.count += 1
         if self.count > MOST_VALUES:
-            raise ConfigError(f"{self.file}:{mark.line}:{mark.column}: more than {MOST_VALUES} values, aliases expanded")
+            at = f"{self.file}:{mark.line}:{mark.column}"
+            raise ConfigError(f"{at}: more than {MOST_VALUES} values, aliases expanded")
         if id(node) in self.open:
             return self.fault(path, mark, "an alias that contains itself")
         self.open.add(id(node))
@@ -214,14 +240,15 @@ class _Reading:
             key = key_node.value
             if key in data:
                 first = self.positions[(*path, key)].key
-                self.fault((*path, key), mark, f"given twice; first at {first.line}:{first.column}")
+                text = f"given twice; first at {first.line}:{first.column}"
+                self.faults.append(Fault((*path, key), mark, text, lost=False))
                 continue
             data[key] = self.value(value_node, (*path, key), mark)
         return data
 
     def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
         try:
-            return _scalar(node.tag.removeprefix(_TAG), node.value)
+            return _scalar(node.tag, node.value)
         except ValueError as error:
             return self.fault(path, _start(node), str(error))
 
@@ -230,17 +257,21 @@ def _bad_key(node: yaml.Node) -> str | None:
     if not isinstance(node, yaml.ScalarNode):
         return "a key must be text, not a list or a mapping"
     if node.tag != f"{_TAG}str":
-        return f"a key must be text; quote it: '{node.value}'" if node.tag.startswith(_TAG) else _foreign(node.tag)
+        return (
+            f"a key must be text; quote it: '{node.value}'"
+            if node.tag.startswith(_TAG)
+            else _foreign(node.tag)
+        )
     if node.value == "<<" and node.style is None:
         return "merge keys (<<) are not supported; write the keys out"
-    return None if _encodes(node.value) else "text with half a surrogate pair"
+    return None if is_text(node.value) else "text with half a surrogate pair"
 
 
-def _scalar(kind: str, text: str) -> Any:
+def _scalar(tag: str, text: str) -> Any:
     """The value of a scalar of one of the accepted tags. Raises ValueError saying why not."""
-    match kind:
+    match kind := tag.removeprefix(_TAG):
         case "str":
-            if not _encodes(text):
+            if not is_text(text):
                 raise ValueError("text with half a surrogate pair")
             return text
         case "null":
@@ -253,7 +284,7 @@ def _scalar(kind: str, text: str) -> Any:
             return _decimal(text)
         case "bool" | "int" | "float":
             raise ValueError(f"{text[:40]!r} is not a value of the tag !!{kind}")
-    raise ValueError(_foreign(kind))
+    raise ValueError(_foreign(tag))
 
 
 def _whole(text: str) -> int:
@@ -275,8 +306,13 @@ def _decimal(text: str) -> float | int:
     return int(number) if whole else number
 
 
-def _encodes(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def is_text(value: Any) -> bool:
+    """Whether every string in plain data can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _foreign(tag: str) -> str:

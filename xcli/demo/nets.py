@@ -8,7 +8,6 @@ picture, whatever else is in it. Normalised means ``(rgb - MEAN) / STD`` with ``
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -105,17 +104,16 @@ class Block(nn.Module):
 class ShapesViT(nn.Module):
     """Vision transformer: ``[B, 3, 128, 128]`` to ``[B, 10]``.
 
-    The convolutional ``stem`` of stride 16 makes an 8x8 grid; ``blocks`` see ``[B, 1 + 64, 96]`` tokens, the
+    The convolutional ``stem`` of stride 16 makes an 8x8 grid; ``blocks`` see ``[B, 1 + 64, 64]`` tokens, the
     class token first, the others row by row; ``head`` reads the class token after ``norm``.
     """
 
-    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
-        channels = (3, 24, 48, width)
         layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(channels):
-            layers += [_conv(inputs, outputs, 2), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        self.stem = nn.Sequential(*layers, nn.Conv2d(width, width, 3, stride=2, padding=1))
+        for inputs, outputs, stride in ((3, 16, 2), (16, 32, 2), (32, width, 2), (width, width, 1)):
+            layers += [_conv(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        self.stem = nn.Sequential(*layers, _conv(width, width, 2), nn.BatchNorm2d(width))
         self.grid = (SIZE[0] // 16, SIZE[1] // 16)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid[0] * self.grid[1], width))
@@ -123,16 +121,23 @@ class ShapesViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, len(CATEGORIES))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens ``[B, 65, width]`` with their positions added, of pictures ``[B, 3, 128, 128]``."""
         if tuple(x.shape[-2:]) != SIZE:
             raise ValueError(
                 f"shapes-vit takes {SIZE[0]}x{SIZE[1]} pixels, got {x.shape[-2]}x{x.shape[-1]}: "
                 "its position embeddings are learned"
             )
         tokens = self.stem(x).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), tokens], dim=1) + self.positions
+        return torch.cat([self.class_token.expand(len(x), -1, -1), tokens], dim=1) + self.positions
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, 10]`` of tokens ``[B, 65, width]``."""
         logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
         return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(self.embed(x))
 
 
 def shapes_cnn() -> nn.Module:

@@ -1,0 +1,102 @@
+"""Every registered method keeps every promise, on a convolutional network and on a transformer."""
+
+from __future__ import annotations
+
+import contract
+import pytest
+import torch
+
+from xcli.demo import nets
+from xcli.hooks import frozen
+from xcli.methods.base import Method
+from xcli.methods.cam.gradient import GradCAM
+from xcli.registry import methods
+
+
+def method_of(name: str) -> Method:
+    cls = methods()[name]
+    return cls(**cls.small)
+
+
+@pytest.fixture(scope="module", params=["shapes-cnn", "shapes-vit"])
+def network(request):
+    return nets.load(request.param).double().eval()
+
+
+def test_the_table_is_not_empty():
+    assert {"gradcam", "hirescam", "layercam", "eigencam", "random"} <= set(methods())
+
+
+@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_every_method_keeps_every_promise(name, promise, network):
+    x = contract.pictures((128, 128) if hasattr(network, "positions") else (64, 48))
+    if promise is contract.the_network_is_left_as_found:
+        promise(method_of(name), network, x)
+        network.eval()
+        for parameter in network.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        return
+    with frozen(network):
+        promise(method_of(name), network, x)
+
+
+# ---- a broken method is seen by the promise it breaks ----------------------------------------------------------
+
+
+class DependsOnCompany(GradCAM):
+    def map(self, acts, grads):
+        return super().map(acts, grads) - acts.mean()
+
+
+class LeavesAHook(GradCAM):
+    def attribute(self, score, x):
+        score.module.register_forward_hook(lambda *_: None)
+        return super().attribute(score, x)
+
+
+class ChangesTheMode(GradCAM):
+    def attribute(self, score, x):
+        score.module.zero_grad()
+        return super().attribute(score, x)
+
+
+class LosesARow(GradCAM):
+    def map(self, acts, grads):
+        return super().map(acts, grads)[:-1]
+
+
+class NotFinite(GradCAM):
+    def map(self, acts, grads):
+        return super().map(acts, grads) / 0 * torch.nan
+
+
+class DrawsGlobally(GradCAM):
+    def map(self, acts, grads):
+        return super().map(acts, grads) + torch.rand(acts.shape[0], *acts.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("broken", "promise"),
+    [
+        (DependsOnCompany, contract.batch_and_micro_batch_do_not_matter),
+        (DependsOnCompany, contract.order_and_company_do_not_matter),
+        (DrawsGlobally, contract.order_and_company_do_not_matter),
+        (DrawsGlobally, contract.running_out_of_memory_changes_nothing),
+        (DrawsGlobally, contract.a_recorded_pass_gives_the_same),
+        (LosesARow, contract.has_right_shape_and_is_finite),
+        (NotFinite, contract.has_right_shape_and_is_finite),
+        (LeavesAHook, contract.the_network_is_left_as_found),
+        (ChangesTheMode, contract.the_network_is_left_as_found),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_the_contract_sees_a_broken_method(broken, promise):
+    net = nets.load("shapes-cnn").double()
+    with pytest.raises(AssertionError):
+        if promise is contract.the_network_is_left_as_found:
+            promise(broken(), net, contract.pictures((64, 64)))
+        else:
+            with frozen(net):
+                promise(broken(), net, contract.pictures((64, 64)))

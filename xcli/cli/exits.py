@@ -1,0 +1,43 @@
+"""From what went wrong to one plain message on stderr and an exit code; a traceback only for our own mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from xcli.errors import XaiError
+
+INTERNAL = 1
+REPORT = "this is a bug in xai, not in your input; please report it with the lines above"
+
+
+def guarded(run: Callable[[], object]) -> int:
+    """Run the command line and turn its end into an exit code."""
+    try:
+        run()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except XaiError as error:
+        say_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        say_error("interrupted")
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception:  # noqa: BLE001 - the last frame of the program: whatever it is, say so and exit with 1
+        traceback.print_exc()
+        say_error(REPORT)
+        return INTERNAL
+    return 0
+
+
+def say_error(text: str) -> None:
+    """``xai: error:`` and the text; each further line as it is, so that file:line:column starts a line."""
+    first, *rest = text.splitlines() or [""]
+    lines = [f"xai: error: {first}", *rest] if not rest else ["xai: error:", first, *rest]
+    print("\n".join(lines), file=sys.stderr, flush=True)

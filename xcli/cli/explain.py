@@ -1,0 +1,103 @@
+"""xai explain"""
+
+from __future__ import annotations
+
+import logging
+from datetime import date
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from xcli.cli import app
+from xcli.cli.options import Device, Input, Json, Methods, OptionalConfig, Output, Overrides, print_json
+
+if TYPE_CHECKING:
+    from xcli.pipeline import Summary
+
+
+@app.command(epilog="Example:  xai explain configs/quickstart.yaml --output results/first")
+def explain(
+    config: OptionalConfig = None,
+    input: Input = None,
+    output: Output = None,
+    methods: Methods = None,
+    set: Overrides = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N images.", show_default=False)
+    ] = None,
+    device: Device = None,
+    shard: Annotated[
+        str, typer.Option("--shard", metavar="I/N", help="Do every N-th part, I from 1 to N.")
+    ] = "1/1",
+    engine: Annotated[str, typer.Option("--engine", metavar="local", help="Who runs the work.")] = "local",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: remove the results of an earlier run.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Explain only images that are new since a run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config and count the images; run nothing.")] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+) -> None:
+    """Explain every image of a folder.
+
+    Heatmaps go to results.h5, overlays to PNG.
+
+    An unfinished run in the output directory is resumed; a finished one is left alone.
+    """
+    from xcli.config import load_config
+    from xcli.errors import ConfigError
+    from xcli.images import find_images
+
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    part = shard_of(shard)
+    if engine != "local":
+        raise ConfigError(f"--engine {engine}: not in this version; the only engine is local")
+    loaded = load_config(
+        config, overrides=set or (), methods=methods, inputs=input or (), output=output, device=device
+    )
+    sources = find_images(loaded.images.paths, labels=loaded.images.labels, limit=limit)
+    if dry_run:
+        folder = loaded.output.folder(date.today())
+        if as_json:
+            print_json({"status": "dry run", "images": len(sources), "output": folder, "config": loaded.plain()})
+        else:
+            print(f"{loaded.text()}\n# {len(sources)} images -> {folder}")
+        return
+    from xcli.pipeline import explain_folder
+    from xcli.progress import reporter
+    from xcli.tuning import keep_freed_memory
+
+    keep_freed_memory()
+    summary = explain_folder(
+        loaded, sources, shard=part, fresh=fresh, update=update, progress=reporter(quiet=quiet)
+    )
+    if as_json:
+        print_json(summary.as_json())
+    elif not quiet:
+        for line in sentences(summary):
+            typer.echo(line, err=True)
+    raise typer.Exit(summary.exit_code)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """``"2/4"`` as numbers."""
+    from xcli.errors import ConfigError
+
+    first, slash, count = text.partition("/")
+    if not (slash and first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+        raise ConfigError(f"--shard {text}: write I/N with I from 1 to N, such as 2/4")
+    return int(first), int(count)
+
+
+def sentences(summary: Summary) -> list[str]:
+    """The end of a run for a reader."""
+    if summary.results is None:
+        return [f"{summary.status}: {summary.output}; when all shards are through: xai merge {summary.output}"]
+    rate = f" in {summary.seconds:.1f} s ({summary.images_per_second:.1f} images/s)" if summary.status == "done" else ""
+    lines = [f"{summary.status}: {summary.explanations} explanations of {summary.images} images{rate}"]
+    if summary.failed:
+        lines.append(f"{summary.failed} images failed; why is in /images/error of results.h5")
+    for what, counts in (("flat", summary.flat), ("not finite", summary.not_finite)):
+        some = {name: count for name, count in counts.items() if count}
+        if some:
+            lines.append(f"{what} maps: " + ", ".join(f"{name} {count}" for name, count in some.items()))
+    return [*lines, summary.results]

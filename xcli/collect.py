@@ -1,0 +1,193 @@
+"""From the results of batches to the columns of a part, and to the pictures of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xcli.batches import Result
+from xcli.images import BadImage, Source, read_image
+from xcli.panels import PanelRow, panel
+from xcli.pictures import Namer, PictureWriter, picture_path
+from xcli.plan import Plan
+from xcli.render import colour_table, heatmap_image, overlay_original, to_images
+from xcli.store import Encoded, Part, encode
+
+
+class PartBuilder:
+    """Gathers the results of one part's images and gives its columns; maps are compressed in ``pool`` meanwhile."""
+
+    def __init__(self, plan: Plan, rows: slice, sources: Sequence[Source], pool: Executor) -> None:
+        self.plan, self.rows, self.pool = plan, rows, pool
+        count = rows.stop - rows.start
+        self.label = np.asarray([plan.label(source) for source in sources[rows]], np.int64)
+        self.width, self.height = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        self.error = [""] * count
+        self.seen = 0
+        self.owners: list[int] = []
+        self.columns: dict[str, list[np.ndarray]] = {}
+        self.maps: dict[str, list[np.ndarray | Future[bytes]]] = {spec.label: [] for spec in plan.methods}
+        self.squeeze = plan.config.output.compression == "gzip"
+
+    @property
+    def full(self) -> bool:
+        """Whether every image of the part is in."""
+        return self.seen == len(self.error)
+
+    def add(self, result: Result) -> None:
+        """Take in a batch of this part's images."""
+        for row, reason in result.failed:
+            self.error[row - self.rows.start] = reason
+        for row, geometry in zip(result.images, result.geometry, strict=True):
+            self.height[row - self.rows.start], self.width[row - self.rows.start] = geometry.original
+        self.seen += len(result.images) + len(result.failed)
+        if not len(result.image):
+            return
+        self.owners += [result.images[i] for i in result.image.tolist()]
+        for name, values in result.columns.items():
+            self.columns.setdefault(name, []).append(values.numpy())
+        for label, maps in result.maps.items():
+            rows = list(maps.numpy())
+            self.maps[label] += [self.pool.submit(encode, row) for row in rows] if self.squeeze else rows
+
+    def part(self) -> Part:
+        """The columns and attributes of the part, as results.h5 names them."""
+        failed = np.array([bool(reason) for reason in self.error], np.uint8)
+        none = np.zeros(0, np.int64)
+        columns: dict[str, object] = {
+            "images/label": self.label,
+            "images/width": self.width,
+            "images/height": self.height,
+            "images/status": failed,
+            "images/error": self.error,
+            "explanations/image": np.asarray(self.owners, np.int64),
+            "explanations/target": none,
+            "explanations/score": none.astype(np.float32),
+            "explanations/probability": none.astype(np.float32),
+            "explanations/status": np.zeros(len(self.owners), np.uint8),
+            "explanations/error": [""] * len(self.owners),
+            **{f"status/{spec.label}": none.astype(np.uint8) for spec in self.plan.methods},
+        }
+        for name, values in self.columns.items():
+            joined = np.concatenate(values)
+            columns[name] = joined.astype(np.float32) if joined.dtype.kind == "f" else joined
+        for label, maps in self.maps.items():
+            columns[f"heatmaps/{label}"] = self._column(label, maps)
+        return Part(columns, {f"heatmaps/{spec.label}": attributes(spec) for spec in self.plan.methods})
+
+    def _column(self, label: str, maps: Sequence[np.ndarray | Future[bytes]]) -> Encoded | np.ndarray:
+        shape = self.plan.shapes[label]
+        dtype = np.dtype(self.plan.config.output.heatmap.dtype)
+        if self.squeeze:
+            return Encoded(tuple(chunk.result() for chunk in maps), shape, dtype)
+        return np.stack(maps) if maps else np.zeros((0, *shape), dtype)
+
+
+def attributes(spec: object) -> dict[str, str]:
+    """What results.h5 says about a method's maps."""
+    import json
+
+    layer = getattr(spec.method, "layer", ())
+    return {
+        "method": spec.name,
+        "params": json.dumps(spec.params, sort_keys=True),
+        "layer": ",".join(layer) if not isinstance(layer, str) else layer,
+        "preset": spec.preset,
+        "score": spec.scale,
+        "source": type(spec.method).source,
+    }
+
+
+class Pictures:
+    """The PNGs of each result: overlays, heatmaps and panels, as the config asks for them."""
+
+    def __init__(self, plan: Plan, root: Path, sources: Sequence[Source], writer: PictureWriter) -> None:
+        self.plan, self.root, self.sources, self.writer = plan, root, sources, writer
+        self.wanted = plan.config.output.png
+        self.names = Namer(source.path for source in sources) if self.wanted else None
+        self.table = colour_table(plan.config.output.colormap, "cpu")
+
+    def draw(self, result: Result) -> None:
+        """Queue the pictures of one batch."""
+        if self.names is None or result.pixels is None:
+            return
+        seen = to_images(result.pixels)
+        overlays = {label: to_images(pixels) for label, pixels in result.overlays.items()}
+        targets = result.columns["explanations/target"].tolist()
+        for place, source in enumerate(result.images):
+            rows = (result.image == place).nonzero()[:, 0].tolist()
+            if not rows:
+                continue
+            name = self.names[self.sources[source].path]
+            suffixes = [self._suffix(targets[row]) if len(rows) > 1 else None for row in rows]
+            for row, suffix in zip(rows, suffixes, strict=True):
+                self._singles(result, overlays, row, source, name, suffix)
+            if "panel" in self.wanted:
+                self._panel(result, overlays, seen[place], rows, name, self.sources[source].path)
+
+    def _singles(
+        self,
+        result: Result,
+        overlays: dict[str, list[Image.Image]],
+        row: int,
+        source: int,
+        name: str,
+        suffix: str | None,
+    ) -> None:
+        for spec in self.plan.methods:
+            if "overlay" in self.wanted:
+                place = picture_path(self.root, "overlay", spec.label, name, suffix)
+                self.writer.write(place, self._overlay(result, overlays, spec.label, row, source))
+            if "heatmap" in self.wanted:
+                place = picture_path(self.root, "heatmap", spec.label, name, suffix)
+                self.writer.write(place, heatmap_image(result.levels[spec.label][row], self.table))
+
+    def _overlay(
+        self, result: Result, overlays: dict[str, list[Image.Image]], label: str, row: int, source: int
+    ) -> Image.Image:
+        if self.plan.config.output.overlay_on == "input":
+            return overlays[label][row]
+        images = self.plan.config.images
+        original = read_image(
+            self.sources[source].file, max_pixels=images.max_pixels, background=images.background_rgb
+        )
+        geometry = result.geometry[result.images.index(source)]
+        scaled = result.levels[label][row].float() / 255
+        return overlay_original(original, scaled, geometry, self.table, self.plan.config.output.alpha)
+
+    def _panel(
+        self,
+        result: Result,
+        overlays: dict[str, list[Image.Image]],
+        seen: Image.Image,
+        rows: Sequence[int],
+        name: str,
+        title: str,
+    ) -> None:
+        labels = [spec.label for spec in self.plan.methods]
+        entries = [
+            PanelRow(
+                self._category(int(result.columns["explanations/target"][row])),
+                f"p={float(result.columns['explanations/probability'][row]):.2f}  "
+                f"logit {float(result.columns['explanations/score'][row]):.1f}",
+                [overlays[label][row] for label in labels],
+            )
+            for row in rows
+        ]
+        self.writer.write(
+            picture_path(self.root, "panel", "", name), panel(seen, entries, labels, self.table, title)
+        )
+
+    def _category(self, target: int) -> str:
+        names = self.plan.model.categories
+        return names[target] if target < len(names) else f"class {target}"
+
+    def _suffix(self, target: int) -> str:
+        names = self.plan.model.categories
+        return f"{target}-{names[target]}" if target < len(names) else str(target)

@@ -1,0 +1,83 @@
+"""What has to fit together across the keys of a config, checked on plain data so that no other error hides it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from xcli.complaints import Issue, near, shown
+from xcli.yamlfile import KeyPath
+
+LATER_KEYS: frozenset[KeyPath] = frozenset({("engine",), ("runtime", "engine"), ("concepts",), ("report",)})
+"""Keys of the design that this version does not have."""
+
+LATER_SOURCES = ("huggingface",)
+
+COMMON_COLORMAPS = (
+    "jet",
+    "turbo",
+    "viridis",
+    "magma",
+    "inferno",
+    "plasma",
+    "hot",
+    "gray",
+    "coolwarm",
+    "seismic",
+)
+"""Taken without asking matplotlib, which is slow to import."""
+
+
+def across(data: Mapping[str, Any]) -> list[Issue]:
+    """Everything that is wrong between keys; values of a wrong type are left to the sections."""
+    return [*_labels_needed(data), *_colormap(data)]
+
+
+def worded(issue: Issue, data: Mapping[str, Any]) -> Issue:
+    """The same issue, or that it is about something planned."""
+    if issue.at_key and issue.path in LATER_KEYS:
+        return issue._replace(text="not in this version")
+    if issue.path[:1] == ("target",) and issue.text.startswith(words := "expected one of predicted, label"):
+        return issue._replace(text=issue.text.replace(words, f"{words}, {{class: ...}}, {{top: ...}}"))
+    source = _under(data, "model").get("source")
+    if issue.path == ("model", "source") and source in LATER_SOURCES:
+        return issue._replace(text=f"{source} is not in this version; {issue.text.partition('; got')[0]}")
+    return issue
+
+
+def _labels_needed(data: Mapping[str, Any]) -> list[Issue]:
+    images, target = _under(data, "images"), data.get("target")
+    if images.get("labels", "none") != "none":
+        return []
+    cure = "set images.labels to folder or manifest"
+    issues = []
+    if images.get("only") in ("wrong", "correct"):
+        text = f"{shown(images['only'])} compares the prediction with the true class; {cure}"
+        issues.append(Issue(("images", "only"), text))
+    places: list[tuple[KeyPath, object]] = [(("target",), target)]
+    if isinstance(target, list):
+        places = [(("target", i), item) for i, item in enumerate(target)]
+    issues += [
+        Issue(path, f"'label' is the true class of each image; {cure}")
+        for path, item in places
+        if item == "label"
+    ]
+    return issues
+
+
+def _colormap(data: Mapping[str, Any]) -> list[Issue]:
+    name = _under(data, "output").get("colormap", "jet")
+    if not isinstance(name, str) or name in COMMON_COLORMAPS:
+        return []
+    from matplotlib import colormaps
+
+    if name in colormaps:
+        return []
+    some = ", ".join(COMMON_COLORMAPS)
+    text = f"matplotlib has no colour map {shown(name)}; for example {some}{near(name, sorted(colormaps))}"
+    return [Issue(("output", "colormap"), text)]
+
+
+def _under(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = data.get(key)
+    return section if isinstance(section, dict) else {}
