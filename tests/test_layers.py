@@ -338,7 +338,7 @@ def test_the_head_is_the_one_that_yields_the_named_output():
         def __init__(self) -> None:
             super().__init__()
             self.early, self.late = convolutions(3, 6), convolutions(6, 8)
-            self.main, self.aux = nn.Linear(8, 5), nn.Linear(6, 4)
+            self.main, self.aux = nn.Linear(8, 5), nn.Linear(6, 5)
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             early = self.early(x)
@@ -347,6 +347,17 @@ def test_the_head_is_the_one_that_yields_the_named_output():
     net, x = TwoHeads(), torch.randn(1, 3, 16, 16)
     assert survey(net, x, "main").default.name == "late"
     assert survey(net, x, "aux").default.name == "early"
+
+
+def test_a_module_that_runs_twice_is_no_default():
+    relu = nn.ReLU(inplace=True)
+    net = named(
+        first=nn.Conv2d(3, 4, 3), a=relu, second=nn.Conv2d(4, 4, 3), b=relu, pool=Mean(), head=nn.Linear(4, 5)
+    )
+    layers = survey(net, torch.randn(1, 3, 12, 12))
+    assert layers.default.name == "second"
+    with pytest.raises(ModelError, match="'a' runs 2 times"):
+        layers.find("b")
 
 
 def test_patches_that_no_class_token_reads_are_not_explained():
@@ -430,7 +441,7 @@ class Transpose(nn.Module):
 
 class Mean(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
+        return x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
 
 
 def test_scripts_take_no_hooks():

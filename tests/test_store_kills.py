@@ -298,7 +298,7 @@ def test_killed_at_every_passing_of_every_point(children, place, monkeypatch, op
 @pytest.mark.soak
 def test_a_longer_run_killed_at_random_points_until_done(children, place):
     rng = np.random.default_rng(0)
-    for attempt in range(150):
+    for attempt in range(60):
         root, journal = place / str(attempt), place / f"journal-{attempt}"
         while children.run(root, f"*:{rng.integers(20, 400)}", count=41, journal=str(journal)) == KILLED:
             assert_committed_is_kept(root, journal)

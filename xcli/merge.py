@@ -121,7 +121,7 @@ def _build(root: Path, saved: Saved, layout: Layout) -> None:
     survey = Survey.of(root, saved)
     bound = survey.bound(layout, saved)
     tmp = root / f"{RESULTS}.tmp"
-    with writing(tmp, needed=bound), removed_on_error(tmp), Allocated(tmp, bound) as space:
+    with writing(root / RESULTS, needed=bound), removed_on_error(tmp), Allocated(tmp, bound) as space:
         failpoint("merge-allocated")
         try:
             with h5py.File(space, "w") as out:

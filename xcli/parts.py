@@ -63,8 +63,8 @@ def encode(row: Array) -> bytes:
     """One map as the bytes of a gzip + shuffle chunk, for any HDF5 reader; safe and parallel in threads.
 
     Each byte plane of the shuffled map becomes deflate blocks of its own: noise is stored as it is (the low
-    bytes of a mantissa do not shrink), the rest is run-length and Huffman coded. On up-sampled maps this is two to
-    four times as fast as deflate level 1, at about the same size.
+    bytes of a mantissa do not shrink), the rest is run-length and Huffman coded. On up-sampled maps this takes a
+    quarter (signed) to two thirds (rectified) of the time of deflate level 1, for a tenth more bytes at most.
     """
     contiguous = np.ascontiguousarray(row)
     planes = np.ascontiguousarray(contiguous.view(np.uint8).reshape(contiguous.size, contiguous.itemsize).T)
@@ -82,7 +82,7 @@ def encode(row: Array) -> bytes:
 
 def _is_noise(plane: NDArray[np.uint8]) -> bool:
     """Whether neither runs nor frequent values would shrink ``plane``; judged on a sample."""
-    if plane.size < 1024 or np.mean(plane[1:] == plane[:-1]) > 0.02:
+    if plane.size < 1024 or np.mean(plane[1:] == plane[:-1]) > 0.1:
         return False
     counts = np.bincount(plane[:: max(1, plane.size // 8192)], minlength=256)
     share = counts[counts > 0] / counts.sum()

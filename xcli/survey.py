@@ -101,11 +101,11 @@ class Survey:
         columns = 0
         for key, plan in self.columns.items():
             virtual = layout == "parts" and is_map(key)
-            columns += 16_384 + sum(_text_bound(str(value)) for value in plan.attrs.values())
+            columns += 8_192 + sum(_text_bound(str(value)) for value in plan.attrs.values())
             columns += 512 * len(self.sizes) if virtual else plan.stored
             if key.startswith(_FILLED):
                 columns += self.total(key) * plan.dtype.itemsize * int(np.prod(plan.tail, dtype=int))
-        return 262_144 + head + columns
+        return 131_072 + head + columns
 
     def create_in(self, out: h5py.File, layout: Layout) -> None:
         """Create every dataset, empty; with the layout ``parts`` the maps point into the parts."""
