@@ -31,7 +31,9 @@ def pictures(size: tuple[int, int]) -> Tensor:
     return (pixels.double() / 255 - 0.5) / 0.25
 
 
-def score_of(net: nn.Module, x: Tensor, images: Sequence[int], targets: Sequence[int], micro_batch: int = 64) -> Score:
+def score_of(
+    net: nn.Module, x: Tensor, images: Sequence[int], targets: Sequence[int], micro_batch: int = 64
+) -> Score:
     """Rows (image, target) on the pictures ``x``; keys name the pictures by content, as paths name files."""
     keys = [f"{float(one.sum()):.12e}" for one in x]
     rows = ClassRows(torch.tensor(images), torch.tensor(targets))
@@ -44,7 +46,9 @@ def layers_of(net: nn.Module, shape: tuple[int, ...]) -> Layers:
     return survey(net, pictures(shape[1:])[:1])
 
 
-def maps_of(method: Method, net: nn.Module, x: Tensor, images: Sequence[int], targets: Sequence[int], **how: int) -> Tensor:
+def maps_of(
+    method: Method, net: nn.Module, x: Tensor, images: Sequence[int], targets: Sequence[int], **how: int
+) -> Tensor:
     return found(method, score_of(net, x, images, targets, **how), x).map
 
 
@@ -70,15 +74,16 @@ def batch_and_micro_batch_do_not_matter(method: Method, net: nn.Module, x: Tenso
     for micro_batch in (1, 3):
         assert_close(maps_of(method, net, x, *ROWS, micro_batch=micro_batch), whole, rtol=1e-10, atol=1e-12)
     alone = [
-        maps_of(method, net, x[image : image + 1], [0], [target])
-        for image, target in zip(*ROWS, strict=True)
+        maps_of(method, net, x[image : image + 1], [0], [target]) for image, target in zip(*ROWS, strict=True)
     ]
     assert_close(torch.cat(alone), whole, rtol=1e-10, atol=1e-12)
 
 
 def order_and_company_do_not_matter(method: Method, net: nn.Module, x: Tensor) -> None:
     whole = maps_of(method, net, x, *ROWS)
-    turned = maps_of(method, net, x.flip(0), [IMAGES - 1 - i for i in reversed(ROWS[0])], list(reversed(ROWS[1])))
+    turned = maps_of(
+        method, net, x.flip(0), [IMAGES - 1 - i for i in reversed(ROWS[0])], list(reversed(ROWS[1]))
+    )
     assert_close(turned.flip(0), whole, rtol=1e-10, atol=1e-12)
     pair = maps_of(method, net, x[[3, 1]], [0, 1], [0, 1])
     assert_close(pair, whole[[4, 2]], rtol=1e-10, atol=1e-12)
@@ -86,7 +91,7 @@ def order_and_company_do_not_matter(method: Method, net: nn.Module, x: Tensor) -
 
 def a_recorded_pass_gives_the_same(method: Method, net: nn.Module, x: Tensor) -> None:
     score = score_of(net, x, *ROWS)
-    layers = score.layers.find(method.layer) if "layer" in method.needs else ()
+    layers = method.looks_at(score.layers)
     with frozen(net):
         forward = Forward(net, x, [layer.name for layer in layers], Execution(2), graph=True)
         assert_close(found(method, replace(score, forward=forward), x).map, found(method, score, x).map)
@@ -144,11 +149,15 @@ def snapshot(net: nn.Module) -> list[object]:
     """Everything about a network that an explainer could leave changed, comparable by ``==``."""
     state: list[object] = [torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()]
     for name, part in net.named_modules():
-        hooks = [len(kept) for kind, kept in vars(part).items() if kind.endswith("_hooks") and kept is not None]
+        hooks = [
+            len(kept) for kind, kept in vars(part).items() if kind.endswith("_hooks") and kept is not None
+        ]
         state.append((name, id(part), type(part), part.training, "forward" in vars(part), hooks))
     for name, value in [*net.named_parameters(), *net.named_buffers()]:
         grad = None if value.grad is None else value.grad.sum().item()
-        state.append((name, id(value), value.requires_grad, grad, value.stride(), value.double().sum().item()))
+        state.append(
+            (name, id(value), value.requires_grad, grad, value.stride(), value.double().sum().item())
+        )
     return state
 
 

@@ -161,7 +161,7 @@ def many_columns(owner):
 
 
 def many_small_maps(owner):
-    return {"heatmaps/a": np.zeros((len(owner), 1, 1, 1), np.float32)}
+    return {f"heatmaps/{i}": np.zeros((len(owner), 1, 1, 1), np.float32) for i in range(4)}
 
 
 @pytest.mark.parametrize("layout", ["merged", "parts"])

@@ -62,7 +62,13 @@ def bomb(width: int, height: int) -> bytes:
     packer = zlib.compressobj(9)
     body = b"".join([packer.compress(bytes(width + 1)) for _ in range(height)] + [packer.flush()])
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", body[:8])
+        + chunk(b"IDAT", body[8:])
+        + chunk(b"IEND", b"")
+    )
 
 
 def shown(paths, **options) -> list[str]:
@@ -345,6 +351,7 @@ def jpeg(width=64, height=48) -> bytes:
         (jpeg()[:-2], "truncated"),
         (jpeg()[:300], "truncated"),
         (bomb(50, 40)[:45], "truncated"),
+        (b"I\x01AT".join(bomb(50, 40).rsplit(b"IDAT", 1)), "damaged (broken PNG file (chunk b'I\\x01AT'))"),
         (bomb(12_000, 12_000), "too many pixels (12000x12000 > 89478485)"),
         (bomb(14_000, 14_000)[:200], "too many pixels (over Pillow's limit of 178956970)"),
     ],
@@ -434,6 +441,8 @@ def test_a_drafted_jpeg_gives_nearly_the_same_input(tmp_path, orientation):
     small = read_image(file, draft_to=(48, 48)).size
     assert sorted(small) == [98, 130]  # 391 / 4 still is twice 48
     assert sorted(read_image(file, draft_to=(150, 150)).size) == [391, 517]
+    high = read_image(file, draft_to=(120, 48)).size  # (H, W) of the upright image, not of the stored one
+    assert high == ((196, 259) if orientation in (6, 8) else (517, 391))
 
 
 # ---------------------------------------------------------------- fuzz

@@ -24,7 +24,9 @@ ROWS = {"target": [1, 0, 3, 2, 2, 0], "image": [0, 0, 1, 2, 2, 2]}  # 2, 1 and 3
 def reference(net: nn.Module, x: Tensor, layer: str, target: int) -> tuple[Tensor, Tensor, Tensor]:
     """Activation, gradient, value of one image by a plain hook and a plain backward pass."""
     kept = {}
-    handle = net.get_submodule(layer).register_forward_hook(lambda _m, _i, out: kept.update(out=out) or out.clone())
+    handle = net.get_submodule(layer).register_forward_hook(
+        lambda _m, _i, out: kept.update(out=out) or out.clone()
+    )
     value = net(x[None])[0, target]
     handle.remove()
     (grad,) = torch.autograd.grad(value, kept["out"])
@@ -57,7 +59,8 @@ class OutOfMemory:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 64])
 @pytest.mark.parametrize(
-    ("kind", "layer"), [(PooledLinear, "features"), (PooledLinear, "features.0"), (Residual, "last"), (Tokens, "norm1")]
+    ("kind", "layer"),
+    [(PooledLinear, "features"), (PooledLinear, "features.0"), (Residual, "last"), (Tokens, "norm1")],
 )
 def test_gradients_equal_plain_autograd_row_by_row(kind, layer, micro_batch):
     net, x = made(kind), images(3, 3, 16, 16)
@@ -75,7 +78,10 @@ def test_gradients_at_the_input_and_at_two_layers_at_once():
     score = bound(net, x, **ROWS)
     leaf = x.clone().requires_grad_()
     expected = torch.stack(
-        [torch.autograd.grad(net(leaf)[i, t], leaf)[0][i] for t, i in zip(ROWS["target"], ROWS["image"], strict=True)]
+        [
+            torch.autograd.grad(net(leaf)[i, t], leaf)[0][i]
+            for t, i in zip(ROWS["target"], ROWS["image"], strict=True)
+        ]
     )
     found = score.gradients(x)
     assert_close(found.grads[0], expected)
@@ -106,7 +112,9 @@ def test_a_row_given_for_each_input():
     for index, own in enumerate(row.tolist()):
         leaf = copies[index : index + 1].clone().requires_grad_()
         assert_close(grads[index], torch.autograd.grad(net(leaf)[0, ROWS["target"][own]], leaf)[0][0])
-    assert_close(score.at(copies, row), net(copies)[torch.arange(4), torch.tensor(ROWS["target"])[row]].detach())
+    assert_close(
+        score.at(copies, row), net(copies)[torch.arange(4), torch.tensor(ROWS["target"])[row]].detach()
+    )
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -295,7 +303,11 @@ def test_random_numbers_depend_on_seed_image_and_tag_alone():
 
 def test_a_layer_that_runs_twice_is_refused():
     net, x = made(Residual), images(1, 3, 16, 16)
-    with torch.no_grad(), pytest.raises(ModelError, match="more than once"), recording(net, ["twice"], graph=True):
+    with (
+        torch.no_grad(),
+        pytest.raises(ModelError, match="more than once"),
+        recording(net, ["twice"], graph=True),
+    ):
         net(x)
     assert not net.twice._forward_hooks
 
@@ -349,7 +361,10 @@ class BoxRows:
 
     def values(self, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
         return torch.stack(
-            [(outputs[c]["weight"] * overlap(outputs[c]["box"], self.box[r])).amax() for c, r in zip(copy, row)]
+            [
+                (outputs[c]["weight"] * overlap(outputs[c]["box"], self.box[r])).amax()
+                for c, r in zip(copy, row)
+            ]
         )
 
     def scaled(self, scale: str) -> BoxRows:
@@ -378,7 +393,9 @@ class Detector(nn.Module):
 
 def test_toy_detection_rows_with_a_list_of_outputs():
     x = images(2, 3, 4, 4).abs()
-    rows = BoxRows(torch.tensor([0, 0, 1]), torch.tensor([[0.0, 2.0], [1.0, 4.0], [0.0, 4.0]], dtype=torch.float64))
+    rows = BoxRows(
+        torch.tensor([0, 0, 1]), torch.tensor([[0.0, 2.0], [1.0, 4.0], [0.0, 4.0]], dtype=torch.float64)
+    )
     net = Detector()
     plain = bound(made(SumModel), x, [0, 0])
     score = replace(plain, module=net, rows=rows, execution=Execution(2))
@@ -386,7 +403,9 @@ def test_toy_detection_rows_with_a_list_of_outputs():
     assert_close(score.on(x, torch.arange(2))[0][0], torch.maximum(total[0], power[0] * 0.25))
     leaf = x.clone().requires_grad_()
     best = rows.values(net(leaf), torch.tensor([0, 0, 1]), torch.arange(3))
-    expected = [torch.autograd.grad(value, leaf, retain_graph=True)[0][image] for value, image in zip(best, (0, 0, 1))]
+    expected = [
+        torch.autograd.grad(value, leaf, retain_graph=True)[0][image] for value, image in zip(best, (0, 0, 1))
+    ]
     assert_close(score.gradients(x).grads[0], torch.stack(expected))
 
 
@@ -396,7 +415,9 @@ def test_toy_randomisation_another_module_under_the_same_rows():
     moved = score.using(other)
     assert_close(moved(x), other(x)[[0, 1], [1, 4]].detach())
     layer = score.layers.find("features")
-    assert_close(moved.gradients(x, at=layer).grads[0], bound(other, x, [1, 4]).gradients(x, at=layer).grads[0])
+    assert_close(
+        moved.gradients(x, at=layer).grads[0], bound(other, x, [1, 4]).gradients(x, at=layer).grads[0]
+    )
 
 
 def test_toy_random_logit_retargets():

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def explain(
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(frozen(model))
         layers = survey(model, images[:1], output)
-        at = [layer.name for layer in layers.find(getattr(chosen, "layer", ()))] if "layer" in chosen.needs else []
+        at = [layer.name for layer in chosen.looks_at(layers)]
         forward = Forward(model, images, at, execution, graph="gradients" in chosen.needs)
         logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
         rows = _rows(target, logits, output)
@@ -113,7 +114,7 @@ class ContentKeys(Sequence[str]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | slice) -> str:  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Any:
         content = self.images[index].detach().cpu().contiguous().numpy().tobytes()
         return hashlib.sha256(content).hexdigest()
 
@@ -125,7 +126,11 @@ def _rows(target: int | Sequence[int] | Tensor | None, logits: Tensor, output: s
     wanted = torch.as_tensor(target, dtype=torch.long, device=logits.device)
     wanted = wanted.expand(count) if wanted.ndim == 0 else wanted
     if wanted.shape != (count,):
-        raise ConfigError(f"target: one class, or one for each of the {count} images; got {tuple(wanted.shape)}")
+        raise ConfigError(
+            f"target: one class, or one for each of the {count} images; got {tuple(wanted.shape)}"
+        )
     if int(wanted.min()) < 0 or int(wanted.max()) >= classes:
-        raise ConfigError(f"target: classes go from 0 to {classes - 1}; got {int(wanted.min())}..{int(wanted.max())}")
+        raise ConfigError(
+            f"target: classes go from 0 to {classes - 1}; got {int(wanted.min())}..{int(wanted.max())}"
+        )
     return ClassRows(torch.arange(count), wanted, output)

@@ -53,7 +53,9 @@ class Report:
 
     def lines(self) -> Iterator[str]:
         """The report for a reader."""
-        how = ", ".join(f"{key} {value}" for key, value in self.preprocess.items() if value not in (None, False))
+        how = ", ".join(
+            f"{key} {value}" for key, value in self.preprocess.items() if value not in (None, False)
+        )
         yield f"model      {self.model}, weights {self.weights}, on {self.device}, {self.classes} classes"
         yield f"input      {self.size[0]}x{self.size[1]}: {how}"
         yield f"images     {self.images}, in batches of {self.batch_size}, parts of {self.part_length}"
@@ -119,7 +121,9 @@ def first_picture(plan: Plan, sources: Sequence[Source]) -> tuple[torch.Tensor, 
             continue
         pixels, _ = plan.preprocess.apply(image)
         return plan.to_input(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(plan.device)), True
-    noise = torch.randint(0, 256, (1, 3, *plan.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randint(
+        0, 256, (1, 3, *plan.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     return plan.to_input(noise.to(plan.device)), False
 
 
@@ -132,7 +136,7 @@ def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
         seconds = time.perf_counter() - began
-        layer = ", ".join(getattr(spec.method, "layer", ()))
+        layer = ", ".join(plan.layers_of(spec))
         grid = tuple(found.map.shape[-2:])
         yield MethodReport(spec.label, layer, grid, spec.scale, type(spec.method).cost, seconds)
 
@@ -160,6 +164,8 @@ def traps(plan: Plan, x: torch.Tensor, readable: bool) -> Iterator[str]:
             yield f"{label}: the map of the first image is flat; for a class that nothing speaks for that is right"
         elif min(grid) < 5:
             yield f"{label}: the map has only {grid[0]}x{grid[1]} cells; a larger input or an earlier layer gives more"
-    smooth = {type(part).__name__ for part in plan.model.module.modules() if isinstance(part, nn.GELU | nn.SiLU)}
+    smooth = {
+        type(part).__name__ for part in plan.model.module.modules() if isinstance(part, nn.GELU | nn.SiLU)
+    }
     if smooth and any("rectifiers" in spec.method.needs for spec in plan.methods):
         yield f"the network uses {', '.join(sorted(smooth))}: rules for ReLU change nothing there"

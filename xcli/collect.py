@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from xcli.batches import Result
-from xcli.images import BadImage, Source, read_image
+from xcli.entries import MethodSpec
+from xcli.images import Source, read_image
 from xcli.panels import PanelRow, panel
 from xcli.pictures import Namer, PictureWriter, picture_path
 from xcli.plan import Plan
 from xcli.render import colour_table, heatmap_image, overlay_original, to_images
-from xcli.store import Encoded, Part, encode
+from xcli.parts import Array
+from xcli.store import Column, Encoded, Part, encode
 
 
 class PartBuilder:
@@ -31,8 +32,9 @@ class PartBuilder:
         self.error = [""] * count
         self.seen = 0
         self.owners: list[int] = []
-        self.columns: dict[str, list[np.ndarray]] = {}
-        self.maps: dict[str, list[np.ndarray | Future[bytes]]] = {spec.label: [] for spec in plan.methods}
+        self.columns: dict[str, list[Array]] = {}
+        self.maps: dict[str, list[Array]] = {spec.label: [] for spec in plan.methods}
+        self.chunks: dict[str, list[Future[bytes]]] = {spec.label: [] for spec in plan.methods}
         self.squeeze = plan.config.output.compression == "gzip"
 
     @property
@@ -53,14 +55,16 @@ class PartBuilder:
         for name, values in result.columns.items():
             self.columns.setdefault(name, []).append(values.numpy())
         for label, maps in result.maps.items():
-            rows = list(maps.numpy())
-            self.maps[label] += [self.pool.submit(encode, row) for row in rows] if self.squeeze else rows
+            if self.squeeze:
+                self.chunks[label] += [self.pool.submit(encode, row) for row in maps.numpy()]
+            else:
+                self.maps[label].append(maps.numpy())
 
     def part(self) -> Part:
         """The columns and attributes of the part, as results.h5 names them."""
         failed = np.array([bool(reason) for reason in self.error], np.uint8)
         none = np.zeros(0, np.int64)
-        columns: dict[str, object] = {
+        columns: dict[str, Column] = {
             "images/label": self.label,
             "images/width": self.width,
             "images/height": self.height,
@@ -77,27 +81,26 @@ class PartBuilder:
         for name, values in self.columns.items():
             joined = np.concatenate(values)
             columns[name] = joined.astype(np.float32) if joined.dtype.kind == "f" else joined
-        for label, maps in self.maps.items():
-            columns[f"heatmaps/{label}"] = self._column(label, maps)
-        return Part(columns, {f"heatmaps/{spec.label}": attributes(spec) for spec in self.plan.methods})
+        for label in self.maps:
+            columns[f"heatmaps/{label}"] = self._column(label)
+        return Part(
+            columns, {f"heatmaps/{spec.label}": attributes(self.plan, spec) for spec in self.plan.methods}
+        )
 
-    def _column(self, label: str, maps: Sequence[np.ndarray | Future[bytes]]) -> Encoded | np.ndarray:
+    def _column(self, label: str) -> Column:
         shape = self.plan.shapes[label]
         dtype = np.dtype(self.plan.config.output.heatmap.dtype)
         if self.squeeze:
-            return Encoded(tuple(chunk.result() for chunk in maps), shape, dtype)
-        return np.stack(maps) if maps else np.zeros((0, *shape), dtype)
+            return Encoded(tuple(chunk.result() for chunk in self.chunks[label]), shape, dtype)
+        return np.concatenate([np.zeros((0, *shape), dtype), *self.maps[label]])
 
 
-def attributes(spec: object) -> dict[str, str]:
+def attributes(plan: Plan, spec: MethodSpec) -> dict[str, str]:
     """What results.h5 says about a method's maps."""
-    import json
-
-    layer = getattr(spec.method, "layer", ())
     return {
         "method": spec.name,
         "params": json.dumps(spec.params, sort_keys=True),
-        "layer": ",".join(layer) if not isinstance(layer, str) else layer,
+        "layer": ",".join(plan.layers_of(spec)),
         "preset": spec.preset,
         "score": spec.scale,
         "source": type(spec.method).source,

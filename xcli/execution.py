@@ -65,7 +65,9 @@ class Execution:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if size <= 1:
-            raise MemoryExhausted("out of memory with a single input; use a smaller input size or another device")
+            raise MemoryExhausted(
+                "out of memory with a single input; use a smaller input size or another device"
+            )
         self.micro_batch = max(1, size // 2)
 
 

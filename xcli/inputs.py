@@ -28,15 +28,15 @@ class Source:
         path: shown and stored: relative to its input, never absolute, never with "..", unique; raw bytes that are not
             UTF-8 are kept as surrogates (``os.fsencode`` gives them back).
         file: how to open it.
-        label: the name of its class, if labels were asked for and it has one.
         size: in bytes, 0 where the file is missing; ``mtime_ns``: its time of change.
+        label: the name of its class, if labels were asked for and it has one.
     """
 
     path: str
     file: str
-    label: str | None
     size: int
     mtime_ns: int
+    label: str | None
 
 
 class _Found(NamedTuple):
@@ -111,7 +111,7 @@ def _named(found: Iterable[tuple[str, _Found]], labels: Labels) -> list[Source]:
         path, last = _unused(shown, taken) if shown == last else shown, shown
         label = _folder_name(one.file) if labels == "folder" else one.label if labels == "manifest" else None
         size, changed = (one.status.st_size, one.status.st_mtime_ns) if one.status else (0, 0)
-        sources.append(Source(path, one.file, label, size, changed))
+        sources.append(Source(path, one.file, size, changed, label))
     return sorted(sources, key=lambda source: os.fsencode(source.path))
 
 

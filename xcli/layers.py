@@ -34,15 +34,26 @@ class Layer:
     grid: Grid | None
     shape: tuple[int, ...]
 
+    def require_map(self) -> Grid:
+        """The grid.
+
+        Raises:
+            ModelError: the layer has none.
+        """
+        if self.grid is None:
+            raise ModelError(
+                f"layer {self.name!r} has no spatial map: its output has shape {self.shape}; "
+                "`xai layers CONFIG` shows the layers that have one"
+            )
+        return self.grid
+
     def maps(self, t: Tensor) -> Tensor:
         """Raw output (N, *shape) to maps (N, K, h, w).
 
         Raises:
             ModelError: the layer has no grid, or ``t`` is not on it.
         """
-        if self.grid is None:
-            raise ModelError(f"layer {self.name!r} has no spatial map: its output has shape {self.shape}")
-        return self.grid.maps(t)
+        return self.require_map().maps(t)
 
 
 @dataclass(frozen=True)

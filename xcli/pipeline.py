@@ -31,7 +31,7 @@ from xcli.pictures import PictureWriter
 from xcli.plan import Plan, prepared
 from xcli.progress import Quiet, Reporter
 from xcli.results import open_run
-from xcli.store import Input, Record, Store, open_store, peek
+from xcli.store import Record, Store, open_store, peek
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def explain_folder(
     began = time.monotonic()
     root = Path(config.output.folder(date.today()))
     fingerprint = config.fingerprint()
-    inputs = [Input(s.path, s.file, s.size, s.mtime_ns, s.label) for s in sources]
-    state = None if fresh else peek(root, fingerprint, inputs, update=update)
+    state = None if fresh else peek(root, fingerprint, sources, update=update)
     if state is not None and state.kind == "done":
         return summarised(root, "already done", began, 0)
     known = state.record.resolved if state is not None and state.record is not None else None
@@ -84,7 +83,7 @@ def explain_folder(
         for line in announced(plan):
             progress.say(line)
         record = recorded(plan, fingerprint)
-        with open_store(root, record, inputs, shard=shard, fresh=fresh, update=update) as store:
+        with open_store(root, record, sources, shard=shard, fresh=fresh, update=update) as store:
             done = work(plan, store, progress)
             if not store.complete():
                 return pending(root, began, done)
@@ -96,7 +95,7 @@ def explain_folder(
 def work(plan: Plan, store: Store, progress: Reporter) -> int:
     """Explain what is left to do of this shard, part by part; returns the number of images."""
     inputs, todo = store.inputs, store.todo()
-    own = sum(rows.stop - rows.start for _, rows in todo)
+    own: int = sum(rows.stop - rows.start for _, rows in todo)
     workers = plan.config.runtime.workers
     threads = min(8, os.cpu_count() or 1) if workers == "auto" else workers
     with ExitStack() as undo:
@@ -235,7 +234,11 @@ def recorded(plan: Plan, fingerprint: str) -> Record:
 def versions() -> dict[str, str]:
     """Of this tool, Python and the libraries that compute."""
     names = ("torch", "torchvision", "numpy", "h5py", "pillow")
-    return {"xcli": __version__, "python": platform.python_version(), **{name: version(name) for name in names}}
+    return {
+        "xcli": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
 
 
 def git_revision() -> str | None:
@@ -256,7 +259,7 @@ def announced(plan: Plan) -> Iterator[str]:
         f"batches of {plan.batch_size}, parts of {plan.part_length} images"
     )
     for spec in plan.methods:
-        layer = ", ".join(getattr(spec.method, "layer", ()))
+        layer = ", ".join(plan.layers_of(spec))
         yield f"{spec.label}: {spec.scale}" + (f" at {layer}" if layer else "")
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from xcli import tuning
-from xcli.config import Config, MethodSpec, resolve_targets
+from xcli.config import Config, resolve_targets
+from xcli.entries import MethodSpec
 from xcli.errors import ConfigError, InputError, ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward
@@ -24,7 +25,7 @@ from xcli.models import Model, find_logits, load_model
 from xcli.preprocess import Preprocess
 from xcli.score import Score
 from xcli.weights import weights_hash
-from xcli.targets import Classes, ClassRows, Predicted, Target, Top, resolve
+from xcli.targets import ClassRows, Predicted, Target, resolve
 
 PART_SECONDS = 60.0
 PART_BYTES = 256 << 20
@@ -70,7 +71,9 @@ class Plan:
     def part_length(self) -> int:
         """Images a part: about a minute's work and at most 256 MB of maps, in whole batches."""
         maps = sum(4 * int(torch.Size(shape).numel()) for shape in self.shapes.values())
-        most = min(PART_IMAGES, PART_BYTES / (maps * self.most_rows + 1), PART_SECONDS / max(self.seconds, 1e-6))
+        most = min(
+            PART_IMAGES, PART_BYTES / (maps * self.most_rows + 1), PART_SECONDS / max(self.seconds, 1e-6)
+        )
         return max(1, int(most) // self.batch_size) * self.batch_size
 
     def label(self, source: Source) -> int:
@@ -80,14 +83,18 @@ class Plan:
     @property
     def most_rows(self) -> int:
         """Most targets that one image can have."""
-        return most_rows(self.targets)
+        return sum(target.most for target in self.targets)
+
+    def layers_of(self, spec: MethodSpec) -> tuple[str, ...]:
+        """Names of the layers that a method looks at."""
+        return tuple(layer.name for layer in spec.method.looks_at(self.layers))
 
     def resolved(self) -> dict[str, Any]:
         """What was decided, as JSON: kept in the record, given back to ``prepared`` when the run goes on."""
         return {
             "size": list(self.size),
             "batch_size": self.batch_size,
-            "layers": {spec.label: list(layers_of(spec, self.layers)) for spec in self.methods},
+            "layers": {spec.label: list(self.layers_of(spec)) for spec in self.methods},
             "shapes": {label: list(shape) for label, shape in self.shapes.items()},
             "folded": self.folds,
             "channels_last": self.channels_last,
@@ -112,14 +119,10 @@ class Plan:
         )
 
 
-def most_rows(targets: Sequence[Target]) -> int:
-    """Most rows that these targets give one image."""
-    sizes = {Top: lambda t: t.k, Classes: lambda t: len(t.indices)}
-    return sum(sizes.get(type(target), lambda _t: 1)(target) for target in targets)
-
-
 @contextmanager
-def prepared(config: Config, sources: Sequence[Source], known: Mapping[str, Any] | None = None) -> Iterator[Plan]:
+def prepared(
+    config: Config, sources: Sequence[Source], known: Mapping[str, Any] | None = None
+) -> Iterator[Plan]:
     """Load the model, decide what is `auto`, try every method on one image; the model is put back at the end.
 
     Args:
@@ -145,8 +148,8 @@ def prepared(config: Config, sources: Sequence[Source], known: Mapping[str, Any]
             undo.enter_context(tuning.channels_last(model.module))
         x = noise(preprocess, size, device, dtype)
         layers = survey(model.module, x, model.output)
-        methods = tuple(pinned(spec, layers, known.get("layers", {})) for spec in config.methods)
-        at = tuple(dict.fromkeys(name for spec in methods for name in layers_of(spec, layers)))
+        methods = tuple(pinned(config, index, layers) for index in range(len(config.methods)))
+        at = tuple(dict.fromkeys(layer.name for spec in methods for layer in spec.method.looks_at(layers)))
         folds = 0
         if config.runtime.fold and not any("structure" in spec.method.needs for spec in methods):
             folds = undo.enter_context(tuning.folded(model.module, x, at))
@@ -189,9 +192,13 @@ def chosen_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 1)
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        device.type, 1
+    )
     if (device.index or 0) >= count:
-        raise ConfigError(f"runtime.device: {name} is not there ({count} {device.type} devices); use auto or cpu")
+        raise ConfigError(
+            f"runtime.device: {name} is not there ({count} {device.type} devices); use auto or cpu"
+        )
     return device
 
 
@@ -210,36 +217,26 @@ def input_size(config: Config, preprocess: Preprocess, sources: Sequence[Source]
             return preprocess.size_for(*image_size(source.file))
         except BadImage:
             continue
-    raise InputError(f"none of the {len(sources)} images can be read; set images.size: [H, W] to run all the same")
+    raise InputError(
+        f"none of the {len(sources)} images can be read; set images.size: [H, W] to run all the same"
+    )
 
 
 def noise(preprocess: Preprocess, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """One picture of seeded noise as model input, (1, 3, H, W)."""
-    pixels = torch.randint(0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(
+        0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     return preprocess.normalise(pixels.to(device), dtype)
 
 
-def layers_of(spec: MethodSpec, layers: Layers) -> tuple[str, ...]:
-    """Names of the layers that a method looks at."""
-    wanted = getattr(spec.method, "layer", None)
-    return tuple(layer.name for layer in layers.find(wanted)) if wanted is not None else ()
-
-
-def pinned(spec: MethodSpec, layers: Layers, known: Mapping[str, Sequence[str]]) -> MethodSpec:
-    """The method with its layers by name and checked: a missing one, or one without a map, is refused here."""
-    if not hasattr(spec.method, "layer"):
-        return spec
-    if spec.label in known:
-        found = layers.find(tuple(known[spec.label]))
-    else:
-        found = layers.find(spec.method.layer)
-    for layer in found:
-        if layer.grid is None:
-            raise ModelError(
-                f"{spec.label}: layer {layer.name!r} has no spatial map (its output has shape {layer.shape}); "
-                "`xai layers CONFIG` shows the layers that have one"
-            )
-    return replace(spec, method=replace(spec.method, layer=tuple(layer.name for layer in found)))
+def pinned(config: Config, index: int, layers: Layers) -> MethodSpec:
+    """One of the methods with its layers by name; a missing layer, or one without a map, is refused here."""
+    spec = config.methods[index]
+    try:
+        return replace(spec, method=spec.method.pinned(layers))
+    except ModelError as error:
+        raise config.error(("methods", index, "layer"), str(error)) from None
 
 
 def label_classes(config: Config, labels: Sequence[str | None], categories: Sequence[str]) -> dict[str, int]:
@@ -278,7 +275,11 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
         torch.cuda.reset_peak_memory_stats(plan.device)
     used = torch.cuda.memory_allocated(plan.device) if plan.device.type == "cuda" else 0
     for label, found in explanations(plan, x):
-        stored = found.map if plan.config.output.heatmap.size == "native" else resized(found.map, plan.size, "nearest")
+        stored = (
+            found.map
+            if plan.config.output.heatmap.size == "native"
+            else resized(found.map, plan.size, "nearest")
+        )
         shapes[label] = tuple(stored.shape[1:])
     seconds = time.perf_counter() - began
     if known:
@@ -309,10 +310,10 @@ def fitting_batch(plan: Plan, used: int, images: int) -> int:
         most = min(128, torch.cuda.mem_get_info(plan.device)[0] // 2 // each)
     else:
         most = min(32, max(1, 16 * 224 * 224 // (plan.size[0] * plan.size[1])))
-    rows = PART_BYTES // (4 * max(1, sum(int(torch.Size(s).numel()) for s in plan.shapes.values())) * plan.most_rows)
+    rows = PART_BYTES // (
+        4 * max(1, sum(int(torch.Size(s).numel()) for s in plan.shapes.values())) * plan.most_rows
+    )
     return 1 << max(0, min(int(most), max(1, rows)).bit_length() - 1)
-
-
 
 
 def surveyed(config: Config) -> Layers:
@@ -321,4 +322,6 @@ def surveyed(config: Config) -> Layers:
     model = load_model(config.model_spec(), device)
     size = config.images.size or model.preprocess.size or (224, 224)
     with frozen(model.module):
-        return survey(model.module, noise(model.preprocess.with_size(size), size, device, torch.float32), model.output)
+        return survey(
+            model.module, noise(model.preprocess.with_size(size), size, device, torch.float32), model.output
+        )

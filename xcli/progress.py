@@ -9,7 +9,15 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+)
 from rich.progress import TimeRemainingColumn
 from rich.text import Text
 
@@ -73,7 +81,9 @@ class PlainLines(Quiet):
             self.said = now
             rate = (self.done - self.first) / max(now - self.began, 1e-9)
             left = (self.total - self.done) / max(rate, 1e-9)
-            self.say(f"{self.done}/{self.total} images, {rate:.1f}/s, {left:.0f} s left, {self.failed} failed")
+            self.say(
+                f"{self.done}/{self.total} images, {rate:.1f}/s, {left:.0f} s left, {self.failed} failed"
+            )
 
 
 class _Rate(ProgressColumn):

@@ -18,21 +18,11 @@ from typing import Any
 
 from xcli.durable import make_folder, shown, write_file
 from xcli.errors import ConfigError, InputError, OutputUnwritable
+from xcli.inputs import Source as Input
 from xcli.parts import SCHEMA
 
 RUN, INPUTS, RESULTS, PARTS = "run.json", "inputs.jsonl", "results.h5", "parts"
 _PART_NAME = re.compile(r"(\d{5,})\.h5")
-
-
-@dataclass(frozen=True)
-class Input:
-    """An image of the run."""
-
-    path: str  # the name shown, relative to the input root; may hold surrogates (os.fsdecode)
-    file: str  # where it is now
-    size: int
-    mtime_ns: int
-    label: str | None
 
 
 @dataclass(frozen=True)

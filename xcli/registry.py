@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from xcli.errors import ConfigError
@@ -49,7 +49,7 @@ def _register(table: dict[str, _Class], name: str) -> Callable[[_Class], _Class]
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def method(name: str) -> Callable[[_Class], _Class]:
     """Register the class below as the explanation method ``name``."""
-    return _register(_METHODS, name)  # type: ignore[arg-type]
+    return _register(_METHODS, name)  # type: ignore[return-value]
 
 
 @cache
@@ -88,7 +88,7 @@ def build(spec: str | Mapping[str, object]) -> Method:
     if preset != "paper" and preset not in cls.presets:
         raise ConfigError(f"{name} has no preset {preset!r}; known: {', '.join(['paper', *cls.presets])}")
     try:
-        return cls(**{**cls.presets.get(preset, {}), **wanted})
+        return TypeAdapter(cls).validate_python({**cls.presets.get(preset, {}), **wanted})
     except ValidationError as error:
         problems = [_problem(name, cls, found["loc"], found["msg"]) for found in error.errors()]
         raise ConfigError("\n".join(problems)) from None

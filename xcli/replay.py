@@ -33,7 +33,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
         self.read: set[int] = set()
 

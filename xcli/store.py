@@ -28,6 +28,7 @@ from xcli.durable import (
     writing,
 )
 from xcli.errors import ConfigError
+from xcli.inputs import Source as Input
 from xcli.merge import (
     LOCKS,
     RECORD_LOCK,
@@ -43,7 +44,6 @@ from xcli.record import (
     PARTS,
     RESULTS,
     RUN,
-    Input,
     Record,
     Saved,
     additions,

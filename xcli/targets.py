@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xcli.models import find_logits
@@ -69,11 +70,7 @@ def in_scale(logits: Tensor, target: Tensor, scale: Scale) -> Tensor:
     """
     own = logits.gather(1, target[:, None])[:, 0]  # (P,)
     if logits.shape[1] == 1:
-        own_scaled = {
-            "probability": own.sigmoid,
-            "log-probability": lambda: torch.nn.functional.logsigmoid(own),
-        }
-        return own_scaled.get(scale, lambda: own)()
+        return {"probability": own.sigmoid(), "log-probability": F.logsigmoid(own)}.get(scale, own)
     match scale:
         case "logit":
             return own
@@ -94,6 +91,8 @@ def probabilities(logits: Tensor) -> Tensor:
 class Predicted:
     """The class with the highest logit."""
 
+    most: ClassVar[int] = 1
+
     def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
         return [[best] for best in logits.argmax(1).tolist()]
 
@@ -101,6 +100,8 @@ class Predicted:
 @dataclass(frozen=True)
 class Label:
     """The image's own label; images without one get no row."""
+
+    most: ClassVar[int] = 1
 
     def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
         return [[label] if label >= 0 else [] for label in labels.tolist()]
@@ -112,6 +113,11 @@ class Classes:
 
     indices: tuple[int, ...]
 
+    @property
+    def most(self) -> int:
+        """Most rows it gives an image."""
+        return len(self.indices)
+
     def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
         return [list(self.indices)] * len(logits)
 
@@ -122,6 +128,11 @@ class Top:
 
     k: int
     above: float = 0.0
+
+    @property
+    def most(self) -> int:
+        """Most rows it gives an image."""
+        return self.k
 
     def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
         probability, index = probabilities(logits).topk(min(self.k, logits.shape[1]), dim=1)
@@ -147,7 +158,8 @@ def resolve(
         output: the name of the output that holds the logits, where it cannot be found by itself.
     """
     found = [target.classes(logits, labels) for target in targets]
-    images, classes = [], []
+    images: list[int] = []
+    classes: list[int] = []
     for image in range(len(logits)):
         wanted = dict.fromkeys(c for per_image in found for c in per_image[image])
         images += [image] * len(wanted)

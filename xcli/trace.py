@@ -140,7 +140,7 @@ class Trace:
                 touched = (grid.maps(gradient) != 0).any(1).any(0)  # (h, w)
                 alive.share = touched.float().mean()
 
-            t.register_hook(listen)  # type: ignore[no-untyped-call]
+            t.register_hook(listen)
         return self.alive[key]
 
     def differentiate(self, outputs: Any, output: str | None, pixels: Tensor) -> Call | None:

@@ -112,7 +112,10 @@ def test_an_in_place_relu_after_the_layer_does_not_rewrite_what_was_captured():
             part.inplace = False
     layer = "layer4.0.bn1"  # an in-place ReLU comes next
     found = [HiResCAM(layer=layer, relu=False).attribute(bound(own, x, [1, 7]), x) for own in (net, plain)]
-    acts = [bound(own, x, [1, 7]).activations(x, bound(own, x, [1, 7]).layers.find(layer))[0] for own in (net, plain)]
+    acts = [
+        bound(own, x, [1, 7]).activations(x, bound(own, x, [1, 7]).layers.find(layer))[0]
+        for own in (net, plain)
+    ]
     assert (acts[0] < 0).any()
     assert_close(acts[0], acts[1])
     assert_close(found[0], found[1])

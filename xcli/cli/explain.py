@@ -23,16 +23,23 @@ def explain(
     methods: Methods = None,
     set: Overrides = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Only the first N images.", show_default=False)
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="Only the first N images.", show_default=False),
     ] = None,
     device: Device = None,
     shard: Annotated[
         str, typer.Option("--shard", metavar="I/N", help="Do every N-th part, I from 1 to N.")
     ] = "1/1",
     engine: Annotated[str, typer.Option("--engine", metavar="local", help="Who runs the work.")] = "local",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: remove the results of an earlier run.")] = False,
-    update: Annotated[bool, typer.Option("--update", help="Explain only images that are new since a run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the config and count the images; run nothing.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over: remove the results of an earlier run.")
+    ] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Explain only images that are new since a run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the config and count the images; run nothing.")
+    ] = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
@@ -58,7 +65,9 @@ def explain(
     if dry_run:
         folder = loaded.output.folder(date.today())
         if as_json:
-            print_json({"status": "dry run", "images": len(sources), "output": folder, "config": loaded.plain()})
+            print_json(
+                {"status": "dry run", "images": len(sources), "output": folder, "config": loaded.plain()}
+            )
         else:
             print(f"{loaded.text()}\n# {len(sources)} images -> {folder}")
         return
@@ -91,8 +100,14 @@ def shard_of(text: str) -> tuple[int, int]:
 def sentences(summary: Summary) -> list[str]:
     """The end of a run for a reader."""
     if summary.results is None:
-        return [f"{summary.status}: {summary.output}; when all shards are through: xai merge {summary.output}"]
-    rate = f" in {summary.seconds:.1f} s ({summary.images_per_second:.1f} images/s)" if summary.status == "done" else ""
+        return [
+            f"{summary.status}: {summary.output}; when all shards are through: xai merge {summary.output}"
+        ]
+    rate = (
+        f" in {summary.seconds:.1f} s ({summary.images_per_second:.1f} images/s)"
+        if summary.status == "done"
+        else ""
+    )
     lines = [f"{summary.status}: {summary.explanations} explanations of {summary.images} images{rate}"]
     if summary.failed:
         lines.append(f"{summary.failed} images failed; why is in /images/error of results.h5")

@@ -14,10 +14,15 @@ from xcli.cli import app
 def init(
     preset: Annotated[
         str | None,
-        typer.Argument(metavar="[PRESET]", help="quickstart, torchvision, timm or own-model.", show_default=False),
+        typer.Argument(
+            metavar="[PRESET]", help="quickstart, torchvision, timm or own-model.", show_default=False
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file; else print.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write to a file; else print.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Write a commented config."""

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 @app.command(epilog="Example:  xai layers configs/resnet50.yaml")
-def layers(config: ConfigArgument, set: Overrides = None, device: Device = None, as_json: Json = False) -> None:
+def layers(
+    config: ConfigArgument, set: Overrides = None, device: Device = None, as_json: Json = False
+) -> None:
     """List the model's layers.
 
     Each with its output shape; the default target layer is marked with *.

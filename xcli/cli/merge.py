@@ -13,7 +13,9 @@ from xcli.cli.options import Json, print_json
 
 @app.command(epilog="Example:  xai merge results/photos")
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output directory of the shards.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The output directory of the shards.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Join the shards of a run.

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @app.command(epilog="Example:  xai methods gradcam")
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One method.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One method.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the methods, or show one.
@@ -79,7 +81,9 @@ def page(cls: type[Method]) -> str:
 
     about = described(cls)
     wide = max(map(len, about["options"])) + 2
-    options = [f"  {key:<{wide}}{entry['default']!s:<10} {entry['help']}" for key, entry in about["options"].items()]
+    options = [
+        f"  {key:<{wide}}{entry['default']!s:<10} {entry['help']}" for key, entry in about["options"].items()
+    ]
     lines = [
         about["name"],
         "",

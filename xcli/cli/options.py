@@ -10,7 +10,9 @@ import typer
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML config.", show_default=False)]
 OptionalConfig = Annotated[
     Path | None,
-    typer.Argument(metavar="[CONFIG]", help="A YAML config; left out, the embedded model.", show_default=False),
+    typer.Argument(
+        metavar="[CONFIG]", help="A YAML config; left out, the embedded model.", show_default=False
+    ),
 ]
 Input = Annotated[
     list[str] | None,
@@ -28,7 +30,10 @@ Methods = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change the config, such as methods.0.layer=layer3.", show_default=False
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change the config, such as methods.0.layer=layer3.",
+        show_default=False,
     ),
 ]
 Device = Annotated[

@@ -56,7 +56,9 @@ def localisation(
     for index in range(2):
         maps = torch.cat(
             [
-                xcli.explain(net, x[start : start + batch], method, target=kinds[start : start + batch, index]).map
+                xcli.explain(
+                    net, x[start : start + batch], method, target=kinds[start : start + batch, index]
+                ).map
                 for start in range(0, len(x), batch)
             ]
         )
@@ -80,7 +82,9 @@ def main(
     net = nets.load(model)
     x, kinds, masks = pairs(count, load_photos(photos))
     print(f"{model}, {count} scenes of two objects, each explained by its class")
-    print(f"{'method':<22}{'inside own':>11}{'inside other':>13}{'own/other':>11}{'own/random':>12}{'pointing':>10}")
+    print(
+        f"{'method':<22}{'inside own':>11}{'inside other':>13}{'own/other':>11}{'own/random':>12}{'pointing':>10}"
+    )
     floor = localisation(net, "random", x, kinds, masks)
     for name in methods():
         found = localisation(net, name, x, kinds, masks)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from xcli.layers import Layer, Layers
 from xcli.registry import options
-from xcli.score import Scale, Score
+from xcli.score import Score
+from xcli.targets import Scale
 
 Need = Literal["gradients", "layer", "attention", "rectifiers", "structure"]
 Reduce = Literal["none", "sum", "mean", "max", "l2"]
@@ -58,6 +60,14 @@ class Method(ABC):
         Field(description="how a map smaller than the input is brought to its size"),
     ] = "bilinear"
 
+    def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
+        """The layers whose outputs the method uses; most use none."""
+        return ()
+
+    def pinned(self, layers: Layers) -> Self:
+        """The same method with its layers by name, as found in this network."""
+        return self
+
     @abstractmethod
     def attribute(self, score: Score, x: Tensor) -> Tensor | Attribution:
         """Explain every row of ``score`` on the images ``x``, (B, C, H, W): maps of N >= B rows.
@@ -84,7 +94,7 @@ def reduced(maps: Tensor, how: Reduce) -> Tensor:
         case "max":
             return maps.abs().amax(1)
         case "l2":
-            return maps.norm(dim=1)
+            return maps.square().sum(1).sqrt()
 
 
 def resized(maps: Tensor, size: tuple[int, int] | None, mode: str) -> Tensor:

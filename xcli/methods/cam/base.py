@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from xcli.layers import Layer, Layers
 from xcli.methods.base import Method, Need, resized
 from xcli.registry import options
 from xcli.score import Score
@@ -32,6 +34,20 @@ class CAM(Method):
         Field(description="how the maps of several layers, each scaled to [0, 1], become one"),
     ] = "mean"
 
+    def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
+        """The layers of ``layer``, each with a map.
+
+        Raises:
+            ModelError: one is unknown, runs more than once, or has no map.
+        """
+        found = layers.find(self.layer)
+        for layer in found:
+            layer.require_map()
+        return found
+
+    def pinned(self, layers: Layers) -> Self:
+        return replace(self, layer=tuple(layer.name for layer in self.looks_at(layers)))
+
 
 @options
 class GradientCAM(CAM):
@@ -45,7 +61,7 @@ class GradientCAM(CAM):
     ] = True
 
     def attribute(self, score: Score, x: Tensor) -> Tensor:
-        layers = score.layers.find(self.layer)
+        layers = self.looks_at(score.layers)
         acts, grads, _ = score.gradients(x, at=layers)
         pairs = zip(layers, acts, grads, strict=True)
         maps = [self.map(layer.maps(own), layer.maps(grad)) for layer, own, grad in pairs]
@@ -66,4 +82,10 @@ def fused(maps: Sequence[Tensor], how: str) -> Tensor:
     finest = max(((m.shape[-2], m.shape[-1]) for m in maps), key=lambda size: size[0] * size[1])
     scaled = [m / m.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(m.dtype).tiny) for m in maps]
     stack = torch.stack([resized(m, finest, "bilinear") for m in scaled])  # (layers, N, h, w)
-    return {"mean": stack.mean, "max": stack.amax, "product": stack.prod}[how](0)
+    match how:
+        case "mean":
+            return stack.mean(0)
+        case "max":
+            return stack.amax(0)
+        case _:
+            return stack.prod(0)

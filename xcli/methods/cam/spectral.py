@@ -29,7 +29,7 @@ class EigenCAM(CAM):
     cost: ClassVar[str] = "1 forward + 1 eigendecomposition of hw x hw"
 
     def attribute(self, score: Score, x: Tensor) -> Tensor:
-        layers = score.layers.find(self.layer)
+        layers = self.looks_at(score.layers)
         acts = score.activations(x, at=layers)
         maps = [first_component(layer.maps(own)) for layer, own in zip(layers, acts, strict=True)]
         return fused(maps, self.fusion)[score.image.to(x.device)]
@@ -49,7 +49,7 @@ def first_component(acts: Tensor) -> Tensor:
     else:
         _, right = torch.linalg.eigh(rows.transpose(1, 2) @ rows)
         maps = (rows @ right[:, :, -1:])[..., 0]
-    return towards_positive(maps).unflatten(1, acts.shape[2:]).to(acts.dtype)
+    return towards_positive(maps).reshape(len(acts), *acts.shape[2:]).to(acts.dtype)
 
 
 def towards_positive(maps: Tensor) -> Tensor:
