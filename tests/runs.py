@@ -185,9 +185,6 @@ def child(arguments: list[str], options: dict[str, Any]) -> None:
 
 def serve() -> None:
     """Answer every request with the exit status of its child, negative for a signal, and with what it wrote."""
-    import xcli.api
-    import xcli.checkup
-    import xcli.pipeline
     from xcli.registry import methods
 
     methods()

@@ -116,7 +116,7 @@ def assert_is_run(root, count, fingerprint="one"):
 
 
 def _note(journal, line):
-    descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.write(descriptor, line.encode())
     os.close(descriptor)
 

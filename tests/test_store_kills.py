@@ -300,7 +300,7 @@ def test_a_longer_run_killed_at_random_points_until_done(children, place):
     rng = np.random.default_rng(0)
     for attempt in range(60):
         root, journal = place / str(attempt), place / f"journal-{attempt}"
-        while children.run(root, f"*:{rng.integers(20, 400)}", count=41, journal=str(journal)) == KILLED:
+        while children.run(root, f"*:{rng.integers(20, 3000)}", count=41, journal=str(journal)) == KILLED:
             assert_committed_is_kept(root, journal)
         assert_is_run(root, 41)
         assert_clean(root)

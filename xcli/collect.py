@@ -14,10 +14,10 @@ from xcli.batches import Result
 from xcli.entries import MethodSpec
 from xcli.images import Source, read_image
 from xcli.panels import PanelRow, panel
+from xcli.parts import Array
 from xcli.pictures import Namer, PictureWriter, picture_path
 from xcli.plan import Plan
 from xcli.render import colour_table, heatmap_image, overlay_original, to_images
-from xcli.parts import Array
 from xcli.store import Column, Encoded, Part, encode
 
 

@@ -50,7 +50,7 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-class BadImage(ValueError):  # noqa: N818 - a finding about a file, shown as the reason in its row
+class BadImage(ValueError):
     """One file that cannot be explained; the message is a short reason without the file's name."""
 
 

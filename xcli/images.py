@@ -102,12 +102,15 @@ def stream(
         except BadImage as error:
             return str(error)  # not the exception: its traceback would keep the pixels alive
 
-    def batches() -> Generator[Batch, None, None]:
-        with closing(_in_order(load, rows, workers, ahead=batch_size + 2 * workers)) as loaded:
-            while chunk := list(islice(loaded, batch_size)):
-                yield _collate(chunk, size, pin)
+    return _batched(_in_order(load, rows, workers, ahead=batch_size + 2 * workers), batch_size, size, pin)
 
-    return batches()
+
+def _batched(
+    loaded: Generator[tuple[int, _Loaded | str], None, None], batch_size: int, size: Size, pin: bool
+) -> Generator[Batch, None, None]:
+    with closing(loaded):
+        while chunk := list(islice(loaded, batch_size)):
+            yield _collate(chunk, size, pin)
 
 
 def _load(

@@ -24,8 +24,8 @@ from xcli.methods.base import Attribution, resized
 from xcli.models import Model, find_logits, load_model
 from xcli.preprocess import Preprocess
 from xcli.score import Score
-from xcli.weights import weights_hash
 from xcli.targets import ClassRows, Predicted, Target, resolve
+from xcli.weights import weights_hash
 
 PART_SECONDS = 60.0
 PART_BYTES = 256 << 20

@@ -17,8 +17,8 @@ from rich.progress import (
     SpinnerColumn,
     Task,
     TextColumn,
+    TimeRemainingColumn,
 )
-from rich.progress import TimeRemainingColumn
 from rich.text import Text
 
 EVERY = 10.0

@@ -79,6 +79,10 @@ class ShapesCNN(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(96, len(CATEGORIES))
 
+    def front(self) -> nn.Sequential:
+        """The layers up to the second stage: ``[B, 3, H, W]`` to ``[B, 64, H / 8, W / 8]``."""
+        return nn.Sequential(self.stem, self.stages[0], self.stages[1])
+
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.pool(self.stages(self.stem(x))).flatten(1))
         return logits
@@ -102,18 +106,18 @@ class Block(nn.Module):
 
 
 class ShapesViT(nn.Module):
-    """Vision transformer: ``[B, 3, 128, 128]`` to ``[B, 10]``.
+    """Vision transformer on convolutional features: ``[B, 3, 128, 128]`` to ``[B, 10]``.
 
-    The convolutional ``stem`` of stride 16 makes an 8x8 grid; ``blocks`` see ``[B, 1 + 64, 64]`` tokens, the
-    class token first, the others row by row; ``head`` reads the class token after ``norm``.
+    ``stem`` is that of ``ShapesCNN`` up to its second stage, ``[B, 64, 16, 16]``; ``patches`` joins 2x2 cells to
+    an 8x8 grid; ``blocks`` see ``[B, 1 + 64, 96]`` tokens, the class token first, the others row by row; ``head``
+    reads the class token after ``norm``.
     """
 
-    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, width: int = 96, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs, stride in ((3, 16, 2), (16, 32, 2), (32, width, 2), (width, width, 1)):
-            layers += [_conv(inputs, outputs, stride), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
-        self.stem = nn.Sequential(*layers, _conv(width, width, 2), nn.BatchNorm2d(width))
+        early = ShapesCNN()
+        self.stem = nn.Sequential(early.stem, early.stages[0], early.stages[1])
+        self.patches = nn.Conv2d(64, width, 2, stride=2)
         self.grid = (SIZE[0] // 16, SIZE[1] // 16)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + self.grid[0] * self.grid[1], width))
@@ -121,23 +125,25 @@ class ShapesViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, len(CATEGORIES))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Tokens ``[B, 65, width]`` with their positions added, of pictures ``[B, 3, 128, 128]``."""
+    def features(self, x: Tensor) -> Tensor:
+        """Convolutional features ``[B, 64, 16, 16]`` of pictures ``[B, 3, 128, 128]``."""
         if tuple(x.shape[-2:]) != SIZE:
             raise ValueError(
                 f"shapes-vit takes {SIZE[0]}x{SIZE[1]} pixels, got {x.shape[-2]}x{x.shape[-1]}: "
                 "its position embeddings are learned"
             )
-        tokens = self.stem(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.class_token.expand(len(x), -1, -1), tokens], dim=1) + self.positions
+        found: Tensor = self.stem(x)
+        return found
 
-    def encode(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, 10]`` of tokens ``[B, 65, width]``."""
+    def encode(self, features: Tensor) -> Tensor:
+        """Logits ``[B, 10]`` of features ``[B, 64, 16, 16]``."""
+        tokens = self.patches(features).flatten(2).transpose(1, 2)  # [B, 64, width]
+        tokens = torch.cat([self.class_token.expand(len(features), -1, -1), tokens], dim=1) + self.positions
         logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
         return logits
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.encode(self.embed(x))
+        return self.encode(self.features(x))
 
 
 def shapes_cnn() -> nn.Module:

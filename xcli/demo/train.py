@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xcli.demo.nets import CATEGORIES, MEAN, NETS, SIZE, STD, ShapesViT, load, weights_path
+from xcli.demo.nets import CATEGORIES, MEAN, NETS, SIZE, STD, ShapesCNN, ShapesViT, load, weights_path
 from xcli.demo.scenes import Pixels, load_photos, scene_at
 
 CHUNK = 250
@@ -48,7 +48,7 @@ class Recipe:
 
 RECIPES = {
     "shapes-cnn": Recipe(scenes=16_000, epochs=14, rate=3e-3, decay=0.05),
-    "shapes-vit": Recipe(scenes=10_000, epochs=14, rate=2e-3, decay=0.05),
+    "shapes-vit": Recipe(scenes=10_000, epochs=3, rate=2e-3, decay=0.05),
 }
 
 
@@ -107,18 +107,38 @@ def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Weights of convolutions and linear layers decay; norms, biases and tokens do not."""
     tokens = ("class_token", "positions")
-    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and name not in tokens]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in learned if p.ndim > 1 and name not in tokens]
+    others = [p for name, p in learned if p.ndim <= 1 or name in tokens]
     return [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _fresh(name: str) -> nn.Module:
+    """Network ``name`` to be trained; the stem of shapes-vit is that of the shipped shapes-cnn and stays as it is."""
+    model = NETS[name]().train()
+    if isinstance(model, ShapesViT):
+        cnn = load("shapes-cnn")
+        assert isinstance(cnn, ShapesCNN)
+        model.stem = cnn.front().requires_grad_(False).eval()
+    return model
+
+
+def _built(name: str) -> nn.Module:
+    """Network ``name`` ready to learn: the transformer's stem is that of the shipped shapes-cnn, and stays it."""
+    model = NETS[name]()
+    if isinstance(model, ShapesViT):
+        taught = load("shapes-cnn")
+        model.stem.load_state_dict(nn.Sequential(taught.stem, *list(taught.stages)[:2]).state_dict())
+        model.stem.requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)
 
 
 def _mixed(model: nn.Module, batch: Tensor) -> Tensor:
     """Logits [B, kinds] with convolutions in bfloat16, transformer blocks in float32: narrow, they gain nothing."""
     if isinstance(model, ShapesViT):
-        with torch.autocast("cpu", torch.bfloat16):
-            tokens = model.embed(batch)
-        return model.encode(tokens.float())
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features = model.features(batch)
+        return model.encode(features.float())
     with torch.autocast("cpu", torch.bfloat16):
         logits: Tensor = model(batch)
     return logits.float()
@@ -132,7 +152,7 @@ def train(name: str, pictures: Pictures, epochs: int, rate: float, decay: float,
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = NETS[name]().to(memory_format=torch.channels_last).train()
+    model = _fresh(name).to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(_groups(model, decay), lr=rate)
     count = len(pictures.images)
     steps = epochs * (count // BATCH)

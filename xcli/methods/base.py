@@ -36,9 +36,10 @@ class Method(ABC):
     """One way to say which pixels a score depends on; its fields are its options.
 
     Class attributes say what the pipeline has to know before a run: ``scale``, the number that the paper explains;
-    ``needs``, what must be there (``gradients``, a ``layer`` with a map, ``attention``, a network of
-    ``rectifiers``, the ``structure`` as written: no batch norm folded away); ``cost`` in passes an image; ``source``, the paper; ``presets``, the named definitions of
-    other implementations as option defaults; ``small``, options at which the method runs in milliseconds.
+    ``needs``, what must be there (``gradients``, a ``layer`` with a map, ``attention``, a network of ``rectifiers``,
+    the ``structure`` as written: no batch norm folded away); ``cost`` in passes an image; ``source``, the paper;
+    ``presets``, the named definitions of other implementations as option defaults; ``small``, options at which the
+    method runs in milliseconds.
     """
 
     name: ClassVar[str]

@@ -16,9 +16,10 @@ from xcli.score import Score
 class EigenCAM(CAM):
     r"""What stands out in a layer: its activations projected on their first principal component.
 
-    .. math:: (A - \bar A)\, v_1, \qquad A \in R^{hw \times K},\ v_1 \text{ the first right singular vector of } A - \bar A
+    .. math:: (A - \bar A)\, v_1, \qquad A \in R^{hw \times K}
 
-    with the mean of each channel over the places taken off. Not class specific: rows of one image get one map.
+    with the mean of each channel over the places taken off, and v_1 the first right singular vector of the rest.
+    Not class specific: rows of one image get one map.
     Unit: that of the activations; signed.
     The sign of a singular vector is arbitrary; here it is the one in which the map's largest absolute value is
     positive. Source: Muhammad and Yeasin 2020, arXiv:2008.00299. Departs: the paper does not take the mean off; the
