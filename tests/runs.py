@@ -110,7 +110,7 @@ class Commands:
         )
 
     def start(self, *arguments: object, **options: Any) -> None:
-        """Begin ``xai`` with these arguments; ``failpoint``, ``part_images``, ``signal_at`` and ``wait_at`` as below."""
+        """Begin ``xai`` with these arguments; the options are those of ``child``."""
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps([[str(one) for one in arguments], options]) + "\n")
         self.server.stdin.flush()

@@ -116,7 +116,7 @@ def test_rendering_in_processes_equals_rendering_here(photos):
 
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_training_is_set_by_its_seed(name, tmp_path):
-    pictures = render(128, SEED, (1, 2))
+    pictures = render(64, SEED, (1, 2))
     runs = [train(name, pictures, epochs=1, rate=1e-3, decay=0.05, seed=seed) for seed in (0, 0, 1)]
     first, second, other = (run.state_dict() for run in runs)
     assert all(torch.equal(first[key], second[key]) for key in first)

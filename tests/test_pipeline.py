@@ -233,7 +233,9 @@ def test_maps_that_are_not_finite_are_counted_and_others_unaffected(
 
     genuine = GradCAM.map
     base = columns_of(place / "base" / "results.h5")
-    limit = float(np.median(base["heatmaps/gradcam"][:, 0, 0]))  # the corner of a map survives its up-sampling
+    limit = float(
+        np.median(base["heatmaps/gradcam"][:, 0, 0])
+    )  # the corner of a map survives its up-sampling
 
     def broken(self: GradCAM, acts: Tensor, grads: Tensor) -> Tensor:
         maps = genuine(self, acts, grads)
@@ -532,6 +534,39 @@ def test_a_signal_ends_the_run_and_keeps_what_was_done(
     assert {"00000.h5", "00001.h5"} <= {part.name for part in (tmp_path / "run" / "parts").iterdir()}
     assert explain(place / "photos", tmp_path / "run").status == "done"
     same(tmp_path / "run", place / "base")
+
+
+def test_a_signal_while_the_parts_are_joined_waits_until_they_are(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    merge = xcli.pipeline.Store.merge
+
+    def merged(store: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return merge(store)
+
+    monkeypatch.setattr(xcli.pipeline.Store, "merge", merged)
+    with pytest.raises(Interrupted) as stopped:
+        explain(place / "photos", tmp_path / "run")
+    assert stopped.value.exit_code == 143
+    same(tmp_path / "run", place / "base")
+    assert explain(place / "photos", tmp_path / "run").status == "already done"
+
+
+def test_a_run_does_not_go_on_with_other_weights(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    net = nets.load("shapes-cnn")
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    model = {"model": {"weights": str(tmp_path / "weights.pt")}}
+    unfinished(place / "photos", tmp_path / "run", monkeypatch, **model)
+    (tmp_path / "run" / "parts" / "00001.h5").unlink()
+    with torch.no_grad():
+        net.head.bias += 1
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match="weights.*--fresh"):
+        explain(place / "photos", tmp_path / "run", model)
+    assert explain(place / "photos", tmp_path / "run", model, fresh=True).status == "done"
 
 
 def test_new_images_are_refused_without_update_and_appended_with_it(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,11 +71,11 @@ def test_what_was_committed_before_a_kill_is_not_computed_again(
     again = command(expected, tmp_path / "killed")
     assert xai(*again, failpoint="part-done:2").code == KILLED
     run = tmp_path / "killed" / "run"
-    kept = {file.name: os.stat(file).st_mtime_ns for file in (run / "parts").glob("*.h5")}
+    kept = {file.name: file.stat().st_mtime_ns for file in (run / "parts").glob("*.h5")}
     assert sorted(kept) == ["00000.h5", "00001.h5"]
     assert xai(*again, failpoint="merge-start:1").code == KILLED
     for name, changed in kept.items():
-        assert os.stat(run / "parts" / name).st_mtime_ns == changed
+        assert (run / "parts" / name).stat().st_mtime_ns == changed
     ended = xai(*again)
     assert ended.code == 0, ended.stderr
     same(run, expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from xcli.entries import MethodSpec
 from xcli.images import Source, read_image
 from xcli.panels import PanelRow, panel
 from xcli.parts import Array
-from xcli.pictures import Namer, PictureWriter, picture_path
+from xcli.pictures import Kind, Namer, PictureWriter, picture_path
 from xcli.plan import Plan
 from xcli.render import colour_table, heatmap_image, overlay_original, to_images
 from xcli.store import Column, Encoded, Part, encode
@@ -107,12 +107,17 @@ def attributes(plan: Plan, spec: MethodSpec) -> dict[str, str]:
     }
 
 
+Made = Mapping[str, Mapping[int, Image.Image]]
+"""Pictures by the method's label and the row."""
+
+
 class Pictures:
     """The PNGs of each result: overlays, heatmaps and panels, as the config asks for them."""
 
     def __init__(self, plan: Plan, root: Path, sources: Sequence[Source], writer: PictureWriter) -> None:
         self.plan, self.root, self.sources, self.writer = plan, root, sources, writer
         self.wanted = plan.config.output.png
+        self.on_input = plan.config.output.overlay_on == "input"
         self.names = Namer(source.path for source in sources) if self.wanted else None
         self.table = colour_table(plan.config.output.colormap, "cpu")
 
@@ -121,7 +126,9 @@ class Pictures:
         if self.names is None or result.pixels is None:
             return
         seen = to_images(result.pixels)
-        overlays = {label: to_images(pixels) for label, pixels in result.overlays.items()}
+        overlays: Made = {
+            label: dict(enumerate(to_images(pixels))) for label, pixels in result.overlays.items()
+        }
         targets = result.columns["explanations/target"].tolist()
         for place, source in enumerate(result.images):
             rows = (result.image == place).nonzero()[:, 0].tolist()
@@ -129,45 +136,41 @@ class Pictures:
                 continue
             name = self.names[self.sources[source].path]
             suffixes = [self._suffix(targets[row]) if len(rows) > 1 else None for row in rows]
-            for row, suffix in zip(rows, suffixes, strict=True):
-                self._singles(result, overlays, row, source, name, suffix)
+            if "overlay" in self.wanted:
+                made = overlays if self.on_input else self._on_original(result, place, rows)
+                self._write("overlay", made, rows, name, suffixes)
+            if "heatmap" in self.wanted:
+                made = {label: {row: heatmap_image(levels[row], self.table) for row in rows}
+                        for label, levels in result.levels.items()}  # fmt: skip
+                self._write("heatmap", made, rows, name, suffixes)
             if "panel" in self.wanted:
                 self._panel(result, overlays, seen[place], rows, name, self.sources[source].path)
 
-    def _singles(
-        self,
-        result: Result,
-        overlays: dict[str, list[Image.Image]],
-        row: int,
-        source: int,
-        name: str,
-        suffix: str | None,
+    def _write(
+        self, kind: Kind, made: Made, rows: Sequence[int], name: str, suffixes: Sequence[str | None]
     ) -> None:
-        for spec in self.plan.methods:
-            if "overlay" in self.wanted:
-                place = picture_path(self.root, "overlay", spec.label, name, suffix)
-                self.writer.write(place, self._overlay(result, overlays, spec.label, row, source))
-            if "heatmap" in self.wanted:
-                place = picture_path(self.root, "heatmap", spec.label, name, suffix)
-                self.writer.write(place, heatmap_image(result.levels[spec.label][row], self.table))
+        for label, images in made.items():
+            for row, suffix in zip(rows, suffixes, strict=True):
+                self.writer.write(picture_path(self.root, kind, label, name, suffix), images[row])
 
-    def _overlay(
-        self, result: Result, overlays: dict[str, list[Image.Image]], label: str, row: int, source: int
-    ) -> Image.Image:
-        if self.plan.config.output.overlay_on == "input":
-            return overlays[label][row]
+    def _on_original(self, result: Result, place: int, rows: Sequence[int]) -> Made:
+        """Overlays on the whole image, decoded again: keeping the originals of a batch would take its memory."""
         images = self.plan.config.images
-        original = read_image(
-            self.sources[source].file, max_pixels=images.max_pixels, background=images.background_rgb
-        )
-        geometry = result.geometry[result.images.index(source)]
-        scaled = result.levels[label][row].float() / 255
-        return overlay_original(original, scaled, geometry, self.table, self.plan.config.output.alpha)
+        file = self.sources[result.images[place]].file
+        original = read_image(file, max_pixels=images.max_pixels, background=images.background_rgb)
+        geometry, alpha = result.geometry[place], self.plan.config.output.alpha
+        return {
+            label: {
+                row: overlay_original(original, levels[row].float() / 255, geometry, self.table, alpha)
+                for row in rows
+            }
+            for label, levels in result.levels.items()
+        }
 
     def _panel(
         self,
         result: Result,
-        overlays: dict[str, list[Image.Image]],
+        overlays: Made,
         seen: Image.Image,
         rows: Sequence[int],
         name: str,

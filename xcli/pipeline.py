@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,7 +31,7 @@ from xcli.pictures import PictureWriter
 from xcli.plan import Plan, prepared
 from xcli.progress import Quiet, Reporter
 from xcli.results import open_run
-from xcli.store import Record, Store, open_store, peek
+from xcli.store import Record, State, Store, open_store, peek
 
 
 @dataclass(frozen=True)
@@ -75,25 +75,36 @@ def explain_folder(
     began = time.monotonic()
     root = Path(config.output.folder(date.today()))
     fingerprint = config.fingerprint()
-    state = None if fresh else peek(root, fingerprint, sources, update=update)
-    if state is not None and state.kind == "done":
+    state = State("new", None) if fresh else peek(root, fingerprint, sources, update=update)
+    if state.kind == "done":
         return summarised(root, "already done", began, 0)
-    known = state.record.resolved if state is not None and state.record is not None else None
-    with interruptible(), prepared(config, sources, known) as plan:
-        for line in announced(plan):
-            progress.say(line)
-        record = recorded(plan, fingerprint)
-        with open_store(root, record, sources, shard=shard, fresh=fresh, update=update) as store:
+    with interruptible() as signals, ExitStack() as undo:
+        if state.record is None:
+            plan = undo.enter_context(prepared(config, sources))
+            opened = open_store(root, recorded(plan, fingerprint), sources, shard=shard, fresh=fresh)
+            store = undo.enter_context(opened)
             done = work(plan, store, progress)
-            if not store.complete():
-                return pending(root, began, done)
-            progress.say(f"writing {root / 'results.h5'}")
+        else:
+            store = undo.enter_context(open_store(root, state.record, sources, shard=shard, update=update))
+            done = resumed(config, store, progress) if store.todo() else 0
+        if not store.complete():
+            return pending(root, began, done)
+        progress.say(f"writing {root / 'results.h5'}")
+        with signals.deferred():
             store.merge()
     return summarised(root, "done", began, done)
 
 
+def resumed(config: Config, store: Store, progress: Reporter) -> int:
+    """Go on with the choices that the run began with."""
+    with prepared(config, store.inputs, store.record.resolved) as plan:
+        return work(plan, store, progress)
+
+
 def work(plan: Plan, store: Store, progress: Reporter) -> int:
     """Explain what is left to do of this shard, part by part; returns the number of images."""
+    for line in announced(plan):
+        progress.say(line)
     inputs, todo = store.inputs, store.todo()
     own: int = sum(rows.stop - rows.start for _, rows in todo)
     workers = plan.config.runtime.workers
@@ -105,46 +116,56 @@ def work(plan: Plan, store: Store, progress: Reporter) -> int:
         commits = undo.enter_context(Committer(store))
         writer = undo.enter_context(PictureWriter(max(1, threads)))
         pictures = Pictures(plan, store.root, inputs, writer)
-        parts = iter(todo)
-        builder: PartBuilder | None = None
-        number = -1
-        for result in results(plan, inputs, [rows for _, rows in todo], threads):
-            if builder is None:
-                number, rows = next(parts)
-                builder = PartBuilder(plan, rows, inputs, pool)
-            builder.add(result.wait())
-            pictures.draw(result)
-            progress.advance(len(result.images) + len(result.failed), len(result.failed))
-            if builder.full:
-                writer.flush()  # a committed part has its pictures
-                commits.submit(number, builder)
-                builder = None
+        found = undo.enter_context(closing(results(plan, inputs, [rows for _, rows in todo], threads)))
+        for number, rows in todo:
+            builder = PartBuilder(plan, rows, inputs, pool)
+            while not builder.full:
+                result = next(found).wait()
+                builder.add(result)
+                pictures.draw(result)
+                progress.advance(len(result.images) + len(result.failed), len(result.failed))
+            writer.flush()  # a committed part has its pictures
+            commits.submit(number, builder)
     return own
 
 
-def results(plan: Plan, inputs: Sequence[Source], parts: Sequence[slice], threads: int) -> Iterator[Result]:
+def results(plan: Plan, inputs: Sequence[Source], parts: Sequence[slice], threads: int) -> Generator[Result]:
     """The results of all batches, each read only after the next one has been started, so that a GPU never waits."""
     images = plan.config.images
-    stack = stream(
-        inputs,
-        (row for rows in parts for row in range(rows.start, rows.stop)),
-        plan.preprocess,
-        size=plan.size,
-        batch_size=plan.batch_size,
-        workers=threads,
-        background=images.background_rgb,
-        max_pixels=images.max_pixels,
-        draft=images.draft,
-        pin=plan.device.type == "cuda",
-    )
-    with closing(stack):
-        started: deque[Result] = deque()
-        for batch in stack:
-            for result in explained(plan, batch, inputs):
-                started.append(result)
-                if len(started) > 1:
-                    yield started.popleft()
-        yield from started
+    started: deque[Result] = deque()
+    for rows in aligned(parts, plan.batch_size):
+        batches = stream(
+            inputs,
+            rows,
+            plan.preprocess,
+            size=plan.size,
+            batch_size=plan.batch_size,
+            workers=threads,
+            background=images.background_rgb,
+            max_pixels=images.max_pixels,
+            draft=images.draft,
+            pin=plan.device.type == "cuda",
+        )
+        with closing(batches):
+            for batch in batches:
+                for result in explained(plan, batch, inputs):
+                    started.append(result)
+                    if len(started) > 1:
+                        yield started.popleft()
+    yield from started
+
+
+def aligned(parts: Sequence[slice], batch: int) -> Iterator[list[int]]:
+    """The rows of all parts in as few runs as possible, such that a batch never reaches into the next part: the
+    batches, and with them the last bits of the numbers, are the same whichever parts were done before."""
+    run: list[int] = []
+    for rows in parts:
+        run += range(rows.start, rows.stop)
+        if len(run) % batch:
+            yield run
+            run = []
+    if run:
+        yield run
 
 
 class Committer:
@@ -190,20 +211,42 @@ def dropping(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown(wait=True)
 
 
+@dataclass
+class Signals:
+    """What SIGINT and SIGTERM do: raise ``Interrupted`` at once, or after a block that must not be left half-way."""
+
+    waiting: bool = False
+    caught: int | None = None
+
+    def stop(self, signum: int, _frame: FrameType | None) -> None:
+        """The handler. A second signal ends the process at once."""
+        signal.signal(signum, signal.SIG_DFL)
+        if not self.waiting:
+            raise Interrupted(signum)
+        self.caught = signum
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the block finish first: an exception in the middle of an HDF5 call would corrupt its state."""
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+        if self.caught is not None:
+            raise Interrupted(self.caught)
+
+
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[Signals]:
     """SIGINT and SIGTERM raise ``Interrupted`` in here; the part that was being made is lost, nothing else."""
-
-    def stop(signum: int, _frame: FrameType | None) -> None:
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
-        raise Interrupted(signum)
-
+    signals = Signals()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signals.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

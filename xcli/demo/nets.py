@@ -115,8 +115,7 @@ class ShapesViT(nn.Module):
 
     def __init__(self, width: int = 96, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
-        early = ShapesCNN()
-        self.stem = nn.Sequential(early.stem, early.stages[0], early.stages[1])
+        self.stem = ShapesCNN().front()
         self.patches = nn.Conv2d(64, width, 2, stride=2)
         self.grid = (SIZE[0] // 16, SIZE[1] // 16)
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))

@@ -4,7 +4,7 @@
 evaluates them as read back from that file; ``--evaluate`` only evaluates. A run is set by its seed: scenes,
 their order, the augmentation and the initial weights all derive from it. The last bits of the weights can
 still differ between types of CPU, numbers of threads and versions of PyTorch, since these sum in different
-orders.
+orders. ``shapes-vit`` takes its convolutional stem, frozen, from the shipped ``shapes-cnn``, so train that first.
 """
 
 from __future__ import annotations
@@ -114,23 +114,13 @@ def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 def _fresh(name: str) -> nn.Module:
-    """Network ``name`` to be trained; the stem of shapes-vit is that of the shipped shapes-cnn and stays as it is."""
+    """Network ``name`` to be trained; the stem of shapes-vit is that of the shipped shapes-cnn and stays so."""
     model = NETS[name]().train()
     if isinstance(model, ShapesViT):
         cnn = load("shapes-cnn")
         assert isinstance(cnn, ShapesCNN)
         model.stem = cnn.front().requires_grad_(False).eval()
     return model
-
-
-def _built(name: str) -> nn.Module:
-    """Network ``name`` ready to learn: the transformer's stem is that of the shipped shapes-cnn, and stays it."""
-    model = NETS[name]()
-    if isinstance(model, ShapesViT):
-        taught = load("shapes-cnn")
-        model.stem.load_state_dict(nn.Sequential(taught.stem, *list(taught.stages)[:2]).state_dict())
-        model.stem.requires_grad_(False)
-    return model.to(memory_format=torch.channels_last)
 
 
 def _mixed(model: nn.Module, batch: Tensor) -> Tensor:

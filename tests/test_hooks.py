@@ -1,0 +1,167 @@
+"""What is changed in a model is put back, whatever happens in between."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toys import PooledLinear, Residual, Tokens, images, made
+
+from xcli.errors import ModelError
+from xcli.hooks import first_tensor, frozen, recording, swapped, unfused, with_tensor
+
+Two = namedtuple("Two", "first second")
+
+
+class Own(nn.Module):
+    """A network whose ``eval`` does more than set a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.evaluated = nn.Linear(2, 2), 0
+
+    def train(self, mode: bool = True) -> Own:
+        self.evaluated += not mode
+        return super().train(mode)
+
+
+def flags(net: nn.Module) -> tuple[list[bool], list[bool]]:
+    return [part.training for part in net.modules()], [one.requires_grad for one in net.parameters()]
+
+
+def hooks(net: nn.Module) -> int:
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in net.modules())
+
+
+def mixed() -> nn.Module:
+    net = made(Residual).train()
+    net.block.eval()
+    net.head.requires_grad_(False)
+    return net
+
+
+def test_frozen_sets_every_flag_and_puts_each_back():
+    net = mixed()
+    before = flags(net)
+    assert {True, False} == set(before[0]) == set(before[1])
+    with frozen(net) as same:
+        assert same is net
+        assert not any(flags(net)[0])
+        assert not any(flags(net)[1])
+    assert flags(net) == before
+
+
+def test_frozen_puts_back_after_an_exception():
+    net = mixed()
+    before = flags(net)
+    with pytest.raises(KeyError), frozen(net):
+        raise KeyError
+    assert flags(net) == before
+
+
+def test_frozen_does_not_call_the_models_own_eval():
+    net = Own()
+    with frozen(net):
+        assert not net.inner.training
+    assert net.evaluated == 0
+
+
+def test_unfused_turns_the_fused_attention_off_and_back():
+    before = torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(KeyError), unfused():
+        assert not torch.backends.mha.get_fastpath_enabled()
+        raise KeyError
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.parametrize("kind", [PooledLinear, Tokens])
+def test_recording_changes_no_output_and_leaves_no_hook(kind: type[nn.Module]):
+    net, x = made(kind), images(2, 3, 16, 16)
+    layer = {"PooledLinear": "features", "Tokens": "attention"}[kind.__name__]
+    expected = net(x).detach()
+    with torch.no_grad(), recording(net, [layer], graph=False) as kept:
+        found = net(x)
+    assert torch.equal(found, expected)
+    assert list(kept) == [layer]
+    assert hooks(net) == 0
+
+
+def test_what_was_recorded_is_safe_from_a_later_relu_in_place():
+    net, x = made(PooledLinear), images(2, 3, 8, 8)
+    with torch.no_grad(), recording(net, ["features.0"], graph=False) as kept:
+        net(x)
+    assert (kept["features.0"] < 0).any()
+    assert torch.equal(kept["features.0"], net.features[0](x))
+
+
+def test_the_graph_starts_at_the_first_layer_and_no_sooner():
+    net, x = made(Residual), images(2, 3, 8, 8).requires_grad_()
+    with torch.no_grad(), recording(net, ["block", "last"], graph=True) as kept:
+        out = net(x)
+    assert kept["block"].is_leaf
+    assert not kept["last"].is_leaf
+    first, second = torch.autograd.grad(out.sum(), [kept["block"], kept["last"]])
+    assert first.abs().sum() > 0
+    assert second.abs().sum() > 0
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(out.sum(), x)
+
+
+def test_recording_leaves_the_grad_mode_and_no_hook_after_an_exception():
+    net = made(Residual)
+    with pytest.raises(RuntimeError), torch.no_grad(), recording(net, ["stem"], graph=True):
+        net(images(1, 7, 8, 8))
+    assert hooks(net) == 0
+    assert torch.is_grad_enabled()
+
+
+def test_a_layer_that_runs_twice_or_is_not_there_is_refused():
+    net, x = made(Residual), images(1, 3, 8, 8)
+    with (
+        pytest.raises(ModelError, match="'twice' runs more than once"),
+        recording(net, ["twice"], graph=False),
+    ):
+        net(x)
+    with pytest.raises(AttributeError), recording(net, ["stem", "nothing"], graph=False):
+        pass
+    assert hooks(net) == 0
+
+
+def test_swapped_answers_and_puts_the_classs_forward_back():
+    net = nn.Linear(2, 2)
+    with pytest.raises(KeyError), swapped(net, lambda x: x * 3):
+        assert torch.equal(net(torch.ones(2)), torch.full((2,), 3.0))
+        raise KeyError
+    assert "forward" not in vars(net)
+
+
+def test_swapped_puts_a_forward_of_the_instances_own_back():
+    net = nn.Linear(2, 2)
+
+    def own(x: Tensor) -> Tensor:
+        return x
+
+    net.forward = own
+    with swapped(net, lambda x: x * 3), swapped(net, lambda x: x * 5):
+        assert torch.equal(net(torch.ones(2)), torch.full((2,), 5.0))
+    assert vars(net)["forward"] is own
+
+
+@pytest.mark.parametrize("kind", [tuple, list, Two._make])
+def test_the_first_tensor_is_replaced_in_its_container(kind: Callable[[list], tuple]):
+    output = kind([torch.ones(1), "more"])
+    assert torch.equal(first_tensor(output, "layer"), torch.ones(1))
+    found = with_tensor(output, torch.zeros(1))
+    assert type(found) is type(output)
+    assert torch.equal(found[0], torch.zeros(1))
+    assert found[1] == "more"
+    assert torch.equal(output[0], torch.ones(1))
+
+
+@pytest.mark.parametrize("output", [{"a": torch.ones(1)}, (), ("text", torch.ones(1)), None], ids=repr)
+def test_an_output_without_a_tensor_is_refused(output: object):
+    with pytest.raises(ModelError, match="'layer' returns"):
+        first_tensor(output, "layer")
