@@ -43,7 +43,7 @@ DEFAULT_NAME = "quickstart"
 DEFAULT = """\
 model: {source: demo, name: shapes-cnn}
 images: {path: sample_images/scenes}
-target: {top: 3, above: 0.2}
+target: {top: 2, above: 0.005}
 methods: [gradcam, hirescam, layercam, eigencam, random]
 output: {png: [overlay, panel]}
 """
