@@ -20,6 +20,8 @@ import yaml
 from PIL import Image
 from store_driver import columns_of
 
+import xcli
+
 SIDE = 64
 PREPROCESS = {"resize": [SIDE, SIDE], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
@@ -97,7 +99,7 @@ class Commands:
         here = Path(__file__).parent
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
+            "PYTHONPATH": os.pathsep.join([str(Path(xcli.__path__[0]).parent), str(here)]),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }

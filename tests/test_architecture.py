@@ -44,7 +44,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ),
     ("render", "panels", "pictures"),
     ("durable", "parts", "record", "survey", "allocated", "merge", "store", "results"),
-    ("tuning", "plan", "batches", "collect", "progress", "pipeline", "checkup"),
+    ("tuning", "plan", "batches", "collect", "provenance", "progress", "signals", "pipeline", "checkup"),
     ("api",),
     ("demo/drawing", "demo/scenes", "demo/train", "demo/localise"),
     (

@@ -27,6 +27,7 @@ from xcli.errors import ConfigError
 from xcli.registry import methods as registered
 
 ROOT = typer.main.get_command(app)
+SAME_CODE = {**os.environ, "PYTHONPATH": str(Path(xcli.__path__[0]).parent)}
 COMMANDS = sorted(ROOT.commands)  # type: ignore[attr-defined]
 
 
@@ -103,7 +104,7 @@ assert "torch" not in sys.modules  # reading results needs no torch
 xcli.explain
 assert "torch" in sys.modules  # so that this test can tell
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=tmp_path, env=SAME_CODE)
 
 
 def test_the_module_runs_like_the_command():
@@ -292,6 +293,15 @@ def test_progress_goes_to_standard_error_and_quiet_is_silent(xai, place: Path, t
     assert xai("explain", place / "config.yaml", "--output", tmp_path / "run2", "--quiet") == Ended(0, "", "")
 
 
+def test_a_terminal_gets_a_bar(xai, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    ended = xai("explain", place / "config.yaml", "--output", tmp_path / "run", "--json")
+    assert ended.code == 0
+    assert json.loads(ended.stdout)["status"] == "done"
+    assert "10/10" in ended.stderr
+    assert "shapes-cnn" in ended.stderr
+
+
 def test_a_dry_run_writes_nothing(xai, place: Path):
     before = entries(place)
     ended = xai("explain", place / "config.yaml", "--dry-run", "--limit", "5", "--set", "runtime.seed=3")
@@ -465,7 +475,7 @@ def test_an_early_end_of_the_reader_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     call = [sys.executable, "-c", script]
-    ended = subprocess.run(call, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    ended = subprocess.run(call, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, env=SAME_CODE)
     os.close(writing)
     assert ended.returncode == 128 + signal.SIGPIPE
     assert "Traceback" not in ended.stderr

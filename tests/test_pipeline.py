@@ -724,13 +724,24 @@ def test_classes_by_name_and_index_and_the_predicted_one_once_each(place: Path, 
     assert rows_of(tmp_path / "run") == wanted
 
 
-def test_the_most_probable_classes_above_a_bound(place: Path, tmp_path: Path):
-    explain(place / "photos", tmp_path / "run", {"target": {"top": 3, "above": 0.2}, "methods": ["gradcam"]})
-    wanted = []
-    for row, probability in enumerate(logits_of(listed(place / "photos")).softmax(1)):
-        order = probability.argsort(descending=True)[:3].tolist()
-        wanted += [(row, one) for place_, one in enumerate(order) if place_ == 0 or probability[one] >= 0.2]
-    assert len(wanted) not in (COUNT, 3 * COUNT)  # else the bound does nothing here
+@pytest.mark.parametrize("above", [0.2, "the median"])
+def test_the_most_probable_classes_above_a_bound(place: Path, tmp_path: Path, above: float | str):
+    """The first one always."""
+    probabilities = logits_of(listed(place / "photos")).softmax(1)
+    bound = above if isinstance(above, float) else float(probabilities.amax(1).median()) + 1e-3
+    explain(
+        place / "photos", tmp_path / "run", {"target": {"top": 3, "above": bound}, "methods": ["gradcam"]}
+    )
+    wanted, extra = [], 0
+    for row, probability in enumerate(probabilities):
+        first, *others = probability.argsort(descending=True)[:3].tolist()
+        kept = [one for one in others if probability[one] >= bound]
+        wanted += [(row, one) for one in (first, *kept)]
+        extra += len(kept)
+    if above == 0.2:
+        assert 0 < extra < 2 * COUNT  # else the bound does nothing here
+    else:
+        assert (probabilities.amax(1) < bound).any()
     assert rows_of(tmp_path / "run") == wanted
 
 

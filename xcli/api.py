@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcli.errors import ConfigError
+from xcli.errors import ConfigError, ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward
 from xcli.hooks import frozen
@@ -70,7 +70,7 @@ def explain(
 
     Raises:
         ConfigError: unknown method or option, a class out of range.
-        ModelError: the model has no layer that fits, or no logits are found.
+        ModelError: the model has no layer that fits, no logits are found, or its weights are inference tensors.
 
     >>> import torch, xcli
     >>> from xcli.demo import nets
@@ -79,6 +79,12 @@ def explain(
     >>> found.map.shape, found.target.tolist()
     (torch.Size([2, 16, 16]), [3, 5])
     """
+    if images.ndim != 4 or not images.is_floating_point() or not len(images):
+        raise ConfigError(f"images: float (B, C, H, W) with B > 0; got {images.dtype} {tuple(images.shape)}")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            "the model was built under torch.inference_mode(), so it has no gradients; build it outside"
+        )
     chosen = method if isinstance(method, Method) else build(method)
     execution = Execution(micro_batch)
     with ExitStack() as undo:

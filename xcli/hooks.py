@@ -58,6 +58,8 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
     """``output`` with its first tensor replaced, in the container it came in."""
     if isinstance(output, Tensor):
         return tensor
+    if hasattr(output, "_make"):  # a named tuple
+        return output._make((tensor, *output[1:]))
     return type(output)((tensor, *output[1:])) if type(output) in (tuple, list) else (tensor, *output[1:])
 
 

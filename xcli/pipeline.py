@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import signal
-import subprocess
-import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, date, datetime
-from importlib.metadata import version
+from datetime import date
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
-from xcli import __version__
 from xcli.batches import Result, explained
 from xcli.collect import PartBuilder, Pictures
 from xcli.config import Config
-from xcli.errors import Interrupted
+from xcli.errors import ConfigError
 from xcli.images import Source, stream
 from xcli.methods.base import FLAT, NOT_FINITE
 from xcli.pictures import PictureWriter
 from xcli.plan import Plan, prepared
 from xcli.progress import Quiet, Reporter
+from xcli.provenance import recorded
 from xcli.results import open_run
-from xcli.store import Record, State, Store, open_store, peek
+from xcli.signals import interruptible
+from xcli.store import State, Store, open_store, peek
 
 
 @dataclass(frozen=True)
@@ -79,34 +74,55 @@ def explain_folder(
     if state.kind == "done":
         return summarised(root, "already done", began, 0)
     with interruptible() as signals, ExitStack() as undo:
-        if state.record is None:
-            plan = undo.enter_context(prepared(config, sources))
-            opened = open_store(root, recorded(plan, fingerprint), sources, shard=shard, fresh=fresh)
-            store = undo.enter_context(opened)
-            done = work(plan, store, progress)
+        record, done = state.record, Done()
+        if record is None:
+            with prepared(config, sources) as plan:
+                record = recorded(plan, fingerprint)
+                store = undo.enter_context(open_store(root, record, sources, shard=shard, fresh=fresh))
+                if store.record == record:  # else another shard began the run just now
+                    done = work(plan, store, progress)
         else:
-            store = undo.enter_context(open_store(root, state.record, sources, shard=shard, update=update))
-            done = resumed(config, store, progress) if store.todo() else 0
+            store = undo.enter_context(open_store(root, record, sources, shard=shard, update=update))
+        if store.todo():
+            done = resumed(config, store, progress)
         if not store.complete():
             return pending(root, began, done)
         progress.say(f"writing {root / 'results.h5'}")
         with signals.deferred():
             store.merge()
-    return summarised(root, "done", began, done)
+    return summarised(root, "done", began, done.images)
 
 
-def resumed(config: Config, store: Store, progress: Reporter) -> int:
-    """Go on with the choices that the run began with."""
+@dataclass(frozen=True)
+class Done:
+    """What one call got through: images, and those among them that failed."""
+
+    images: int = 0
+    failed: int = 0
+
+
+def resumed(config: Config, store: Store, progress: Reporter) -> Done:
+    """Go on with the choices that the run began with.
+
+    Raises:
+        ConfigError: the model's weights are not those of the run.
+    """
     with prepared(config, store.inputs, store.record.resolved) as plan:
+        if plan.weights_sha256 != store.record.attrs["weights_sha256"]:
+            raise ConfigError(
+                f"the weights of {plan.model.name} have changed since the run in {store.root} began; "
+                "put the old ones back, choose a new output.path, or start over with --fresh"
+            )
         return work(plan, store, progress)
 
 
-def work(plan: Plan, store: Store, progress: Reporter) -> int:
-    """Explain what is left to do of this shard, part by part; returns the number of images."""
+def work(plan: Plan, store: Store, progress: Reporter) -> Done:
+    """Explain what is left to do of this shard, part by part."""
     for line in announced(plan):
         progress.say(line)
     inputs, todo = store.inputs, store.todo()
     own: int = sum(rows.stop - rows.start for _, rows in todo)
+    failed = 0
     workers = plan.config.runtime.workers
     threads = min(8, os.cpu_count() or 1) if workers == "auto" else workers
     with ExitStack() as undo:
@@ -123,10 +139,11 @@ def work(plan: Plan, store: Store, progress: Reporter) -> int:
                 result = next(found).wait()
                 builder.add(result)
                 pictures.draw(result)
+                failed += len(result.failed)
                 progress.advance(len(result.images) + len(result.failed), len(result.failed))
             writer.flush()  # a committed part has its pictures
             commits.submit(number, builder)
-    return own
+    return Done(own, failed)
 
 
 def results(plan: Plan, inputs: Sequence[Source], parts: Sequence[slice], threads: int) -> Generator[Result]:
@@ -211,90 +228,6 @@ def dropping(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown(wait=True)
 
 
-@dataclass
-class Signals:
-    """What SIGINT and SIGTERM do: raise ``Interrupted`` at once, or after a block that must not be left half-way."""
-
-    waiting: bool = False
-    caught: int | None = None
-
-    def stop(self, signum: int, _frame: FrameType | None) -> None:
-        """The handler. A second signal ends the process at once."""
-        signal.signal(signum, signal.SIG_DFL)
-        if not self.waiting:
-            raise Interrupted(signum)
-        self.caught = signum
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let the block finish first: an exception in the middle of an HDF5 call would corrupt its state."""
-        self.waiting = True
-        try:
-            yield
-        finally:
-            self.waiting = False
-        if self.caught is not None:
-            raise Interrupted(self.caught)
-
-
-@contextmanager
-def interruptible() -> Iterator[Signals]:
-    """SIGINT and SIGTERM raise ``Interrupted`` in here; the part that was being made is lost, nothing else."""
-    signals = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {number: signal.signal(number, signals.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def recorded(plan: Plan, fingerprint: str) -> Record:
-    """What is written down at the start: the config, the choices made, and where the numbers come from."""
-    output = plan.config.output
-    attrs: dict[str, str | int | float] = {
-        "model": f"{plan.model.source}:{plan.model.name}",
-        "weights": plan.model.weights,
-        "weights_sha256": plan.weights_sha256,
-        "device": str(plan.device),
-        "seed": plan.config.runtime.seed,
-        "versions": json.dumps(versions()),
-        "size": json.dumps(list(plan.size)),
-        "preprocess": json.dumps(plan.preprocess.describe()),
-    }
-    if (revision := git_revision()) is not None:
-        attrs["git"] = revision
-    resolved = {**plan.resolved(), "compression": output.compression, "layout": output.layout}
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    return Record(
-        fingerprint, plan.config.text(), attrs, resolved, plan.part_length, created, plan.model.categories
-    )
-
-
-def versions() -> dict[str, str]:
-    """Of this tool, Python and the libraries that compute."""
-    names = ("torch", "torchvision", "numpy", "h5py", "pillow")
-    return {
-        "xcli": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
-
-
-def git_revision() -> str | None:
-    """The revision of the current directory, where it is a git checkout."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None
-
-
 def announced(plan: Plan) -> Iterator[str]:
     """What a user should know before the run: model, input, layers, batch."""
     yield (
@@ -306,10 +239,20 @@ def announced(plan: Plan) -> Iterator[str]:
         yield f"{spec.label}: {spec.scale}" + (f" at {layer}" if layer else "")
 
 
-def pending(root: Path, began: float, done: int) -> Summary:
-    """This shard is through; others are not."""
+def pending(root: Path, began: float, done: Done) -> Summary:
+    """This shard is through, others are not; the counts are of this call."""
     seconds = time.monotonic() - began
-    return Summary("shard done", str(root), None, done, 0, 0, seconds, done / max(seconds, 1e-9))
+    return Summary(
+        status="shard done",
+        output=str(root),
+        results=None,
+        images=done.images,
+        failed=done.failed,
+        explanations=0,
+        seconds=round(seconds, 3),
+        images_per_second=round(done.images / max(seconds, 1e-9), 2),
+        exit_code=3 if done.failed else 0,
+    )
 
 
 def summarised(root: Path, status: str, began: float, done: int) -> Summary:

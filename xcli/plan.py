@@ -148,7 +148,9 @@ def prepared(
             undo.enter_context(tuning.channels_last(model.module))
         x = noise(preprocess, size, device, dtype)
         layers = survey(model.module, x, model.output)
-        methods = tuple(pinned(config, index, layers) for index in range(len(config.methods)))
+        methods = tuple(
+            pinned(config, index, layers, known.get("layers", {})) for index in range(len(config.methods))
+        )
         at = tuple(dict.fromkeys(layer.name for spec in methods for layer in spec.method.looks_at(layers)))
         folds = 0
         if config.runtime.fold and not any("structure" in spec.method.needs for spec in methods):
@@ -230,11 +232,11 @@ def noise(preprocess: Preprocess, size: tuple[int, int], device: torch.device, d
     return preprocess.normalise(pixels.to(device), dtype)
 
 
-def pinned(config: Config, index: int, layers: Layers) -> MethodSpec:
+def pinned(config: Config, index: int, layers: Layers, known: Mapping[str, Sequence[str]]) -> MethodSpec:
     """One of the methods with its layers by name; a missing layer, or one without a map, is refused here."""
     spec = config.methods[index]
     try:
-        return replace(spec, method=spec.method.pinned(layers))
+        return replace(spec, method=spec.method.pinned(layers, known.get(spec.label, ())))
     except ModelError as error:
         raise config.error(("methods", index, "layer"), str(error)) from None
 

@@ -95,6 +95,21 @@ class _Recorder:
         return copies
 
 
+def _recorded(module: nn.Module, layer: str, x: Tensor) -> tuple[_Recorder, set[int]]:
+    """One forward pass: what was called before the layer, and where the tensors are stored that are read again."""
+    recorder = _Recorder(module, layer)
+    watch = _Watch(recorder)
+    with torch.no_grad(), unfused(), ExitStack() as undo:
+        for part in module.modules():
+            undo.callback(part.register_forward_pre_hook(recorder.enter).remove)
+            undo.callback(part.register_forward_hook(recorder.leave).remove)
+        with watch:
+            module(x)
+    if not recorder.reached:
+        raise ModelError(f"layer {layer!r} does not run in a forward pass")
+    return recorder, watch.read
+
+
 class Replay:
     """``module`` as a function of the output of ``layer``: ``replay(acts, image)`` equals the whole forward pass.
 
@@ -104,19 +119,19 @@ class Replay:
     """
 
     def __init__(self, module: nn.Module, layer: str, x: Tensor) -> None:
-        self.module, self.layer = module, layer
-        recorder = _Recorder(module, layer)
-        watch = _Watch(recorder)
-        with torch.no_grad(), unfused(), ExitStack() as undo:
-            for part in module.modules():
-                undo.callback(part.register_forward_pre_hook(recorder.enter).remove)
-                undo.callback(part.register_forward_hook(recorder.leave).remove)
-            with watch:
-                module(x)
-        if not recorder.reached:
-            raise ModelError(f"layer {layer!r} does not run in a forward pass")
-        self.x, self.calls, self.output = x, recorder.calls, recorder.output
-        self.read = watch.read
+        self.module, self.layer, self.x = module, layer, x
+        recorder, self.read = _recorded(module, layer, x)
+        self.calls, self.output = recorder.calls, recorder.output
+        other = (
+            x[:1] if len(x) > 1 else torch.cat([x, x])
+        )  # what grows with the batch holds an entry an image
+        twin, _ = _recorded(module, layer, other)
+        kept, changed = ([*_tensors([call.output for call in one.calls])] for one in (recorder, twin))
+        self.an_image_each = {id(x)} | {
+            id(tensor)
+            for tensor, less in zip(kept, changed, strict=True)
+            if tensor.ndim and len(tensor) == len(x) and len(less) == len(other)
+        }
 
     def __call__(self, acts: Tensor, image: Tensor) -> Any:
         given = with_tensor(self.output, acts.clone())  # what follows may change it in place
@@ -147,7 +162,7 @@ class Replay:
         return forward
 
     def _for(self, image: Tensor, stored: Tensor) -> Tensor:
-        if stored.ndim == 0 or len(stored) != len(self.x):
+        if id(stored) not in self.an_image_each:
             return stored
         if stored.untyped_storage().data_ptr() in self.read:
             return stored[image.to(stored.device)]

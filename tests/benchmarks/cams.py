@@ -20,15 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measure import peak_megabytes, race  # noqa: E402
+from measure import peak_megabytes, race
 
 BATCH, SIZE, LAYER = 16, 224, "layer4"
-SETTINGS = ("default", "kept", "kept+channels-last", "kept+channels-last+folded", "kept+channels-last+bfloat16")
+SETTINGS = (
+    "default",
+    "kept",
+    "kept+channels-last",
+    "kept+channels-last+folded",
+    "kept+channels-last+bfloat16",
+)
 
 
 def pictures() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(BATCH, 3, SIZE, SIZE, generator=generator), torch.randint(0, 1000, (BATCH,), generator=generator)
+    return torch.randn(BATCH, 3, SIZE, SIZE, generator=generator), torch.randint(
+        0, 1000, (BATCH,), generator=generator
+    )
 
 
 def network() -> torch.nn.Module:
@@ -38,7 +46,9 @@ def network() -> torch.nn.Module:
     return torchvision.models.resnet50().eval().requires_grad_(False)
 
 
-def floor(net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtype | None) -> Callable[[], Tensor]:
+def floor(
+    net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtype | None
+) -> Callable[[], Tensor]:
     """Grad-CAM written out for this one network."""
     trunk = torch.nn.Sequential(*list(net.children())[:-2])
 
@@ -55,7 +65,9 @@ def floor(net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtyp
     return run
 
 
-def ours(net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtype | None, name: str) -> Callable[[], Tensor]:
+def ours(
+    net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtype | None, name: str
+) -> Callable[[], Tensor]:
     from xcli.execution import Execution
     from xcli.layers import survey
     from xcli.registry import methods
@@ -101,7 +113,9 @@ def timed(setting: str, repeats: int) -> dict[str, object]:
     with ExitStack() as undo:
         net, x, target, precision = under(setting, undo)
         contenders: dict[str, Callable[[], object]] = {"floor": floor(net, x, target, precision)}
-        contenders |= {name: ours(net, x, target, precision, name) for name in ("gradcam", "hirescam", "layercam")}
+        contenders |= {
+            name: ours(net, x, target, precision, name) for name in ("gradcam", "hirescam", "layercam")
+        }
         contenders["gradcam, hirescam and layercam together"] = together(net, x, target, precision)
         found = race(contenders, repeats)
         exact = floor(network(), *pictures(), None)()
@@ -113,7 +127,9 @@ def timed(setting: str, repeats: int) -> dict[str, object]:
         }
 
 
-def together(net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtype | None) -> Callable[[], object]:
+def together(
+    net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtype | None
+) -> Callable[[], object]:
     """Three methods on one recorded pass, as the command runs them."""
     from xcli.execution import Execution
     from xcli.forward import Forward
@@ -136,7 +152,10 @@ def together(net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.d
 def timed_peer(repeats: int) -> dict[str, object]:
     net, (x, target) = network(), pictures()
     found = race({"grad-cam": peer(net, x, target)}, repeats)
-    return {"images/s": {name: BATCH / t.median for name, t in found.items()}, "dropped": found["grad-cam"].dropped}
+    return {
+        "images/s": {name: BATCH / t.median for name, t in found.items()},
+        "dropped": found["grad-cam"].dropped,
+    }
 
 
 def memory(contender: str) -> dict[str, float]:
@@ -155,7 +174,9 @@ def memory(contender: str) -> dict[str, float]:
 
 def child(*arguments: str) -> dict[str, object]:
     command = [sys.executable, __file__, *arguments]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
@@ -176,17 +197,25 @@ def main() -> None:
 
 
 def report(repeats: int) -> None:
-    print(f"resnet50, batch {BATCH}, {SIZE}x{SIZE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(f"{'setting':<28}{'contender':<42}{'images/s':>9}{'of floor':>10}{'effect on maps':>16}{'dropped':>9}")
+    print(
+        f"resnet50, batch {BATCH}, {SIZE}x{SIZE}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+    )
+    print(
+        f"{'setting':<28}{'contender':<42}{'images/s':>9}{'of floor':>10}{'effect on maps':>16}{'dropped':>9}"
+    )
     for setting in SETTINGS:
         found = child("--setting", setting, "--repeats", str(repeats))
         speeds = found["images/s"]
         for name, speed in speeds.items():
             effect = f"{found['effect']:.1e}" if name == "gradcam" else ""
             dropped = found["dropped"] if name == "floor" else ""
-            print(f"{setting:<28}{name:<42}{speed:>9.2f}{speed / speeds['floor']:>10.2f}{effect:>16}{dropped:>9}")
+            print(
+                f"{setting:<28}{name:<42}{speed:>9.2f}{speed / speeds['floor']:>10.2f}{effect:>16}{dropped:>9}"
+            )
     other = child("--peer", "--repeats", str(repeats))
-    print(f"{'default':<28}{'grad-cam':<42}{other['images/s']['grad-cam']:>9.2f}{'':>26}{other['dropped']:>9}")
+    print(
+        f"{'default':<28}{'grad-cam':<42}{other['images/s']['grad-cam']:>9.2f}{'':>26}{other['dropped']:>9}"
+    )
     print(f"\n{'peak memory, MB':<28}{'before':>9}{'peak':>9}")
     for name in ("forward", "gradcam", "grad-cam"):
         one = child("--memory", name)

@@ -44,7 +44,9 @@ def taken_by_others(run: Callable[[], object]) -> tuple[float, float]:
     return seconds, others / (seconds * (os.cpu_count() or 1))
 
 
-def race(contenders: Mapping[str, Callable[[], object]], repeats: int = 5, tries: int = 15) -> dict[str, Timing]:
+def race(
+    contenders: Mapping[str, Callable[[], object]], repeats: int = 5, tries: int = 15
+) -> dict[str, Timing]:
     """Every contender once per round, after a warm-up, until each has ``repeats`` quiet runs or the tries are up.
 
     A contender without a quiet run keeps its least disturbed one, counted as dropped too.

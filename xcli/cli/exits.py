@@ -19,6 +19,8 @@ def guarded(run: Callable[[], object]) -> int:
     try:
         run()
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the command line library meets it first
+            return reader_left()
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except XaiError as error:
         say_error(str(error))
@@ -26,14 +28,19 @@ def guarded(run: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         say_error("interrupted")
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        return reader_left()
     except Exception:  # noqa: BLE001 - the last frame of the program: whatever it is, say so and exit with 1
         traceback.print_exc()
         say_error(REPORT)
         return INTERNAL
     return 0
+
+
+def reader_left() -> int:
+    """The reader of our output is gone, as `head` is after some lines: say nothing more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def say_error(text: str) -> None:

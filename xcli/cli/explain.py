@@ -92,7 +92,7 @@ def shard_of(text: str) -> tuple[int, int]:
     from xcli.errors import ConfigError
 
     first, slash, count = text.partition("/")
-    if not (slash and first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
+    if not (slash and first.isdecimal() and count.isdecimal() and 1 <= int(first) <= int(count)):
         raise ConfigError(f"--shard {text}: write I/N with I from 1 to N, such as 2/4")
     return int(first), int(count)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -65,8 +65,8 @@ class Method(ABC):
         """The layers whose outputs the method uses; most use none."""
         return ()
 
-    def pinned(self, layers: Layers) -> Self:
-        """The same method with its layers by name, as found in this network."""
+    def pinned(self, layers: Layers, names: Sequence[str] = ()) -> Self:
+        """The same method with its layers by name: those that were chosen before, else as found in this network."""
         return self
 
     @abstractmethod

@@ -45,8 +45,9 @@ class CAM(Method):
             layer.require_map()
         return found
 
-    def pinned(self, layers: Layers) -> Self:
-        return replace(self, layer=tuple(layer.name for layer in self.looks_at(layers)))
+    def pinned(self, layers: Layers, names: Sequence[str] = ()) -> Self:
+        wanted = replace(self, layer=tuple(names)) if names else self
+        return replace(self, layer=tuple(layer.name for layer in wanted.looks_at(layers)))
 
 
 @options
