@@ -28,7 +28,8 @@ from xcli.errors import ConfigError, Interrupted
 from xcli.execution import Execution
 from xcli.images import find_images
 from xcli.models import ModelSpec, load_model
-from xcli.pipeline import Summary, explain_folder, git_revision
+from xcli.pipeline import Summary, explain_folder
+from xcli.provenance import git_revision
 from xcli.store import merge_run
 from xcli.weights import weights_hash
 
