@@ -22,6 +22,7 @@ from xcli.config import load_config
 from xcli.demo import nets
 from xcli.errors import ConfigError, ModelError
 from xcli.images import find_images, read_image
+from xcli.layers import survey
 from xcli.methods.cam.gradient import GradCAM
 from xcli.pipeline import explain_folder
 
@@ -367,3 +368,22 @@ def test_the_maps_are_those_of_the_command(tmp_path: Path):
             np.testing.assert_allclose(
                 found.score, stored["explanations/score"][place::2], rtol=1e-4, atol=1e-5
             )
+
+
+def test_a_second_batch_does_not_survey_the_model_again(monkeypatch):
+    from xcli import api
+
+    net, images = nets.load("shapes-cnn"), torch.rand(2, 3, 64, 64)
+    seen = []
+    monkeypatch.setattr(api, "survey", lambda *given: seen.append(1) or survey(*given))
+    first = xcli.explain(net, images, target=1).map
+    assert torch.equal(xcli.explain(net, images, target=1).map, first)
+    assert len(seen) == 1
+    xcli.explain(net, images[..., :48], target=1)
+    with torch.no_grad():
+        net.head.weight.mul_(-1)
+    xcli.explain(net, images, target=1)
+    net.stages[2] = nn.Identity()
+    with pytest.raises(RuntimeError):
+        xcli.explain(net, images, target=1)
+    assert len(seen) == 4

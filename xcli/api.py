@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from xcli.errors import ConfigError, ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward
 from xcli.hooks import frozen
-from xcli.layers import survey
+from xcli.layers import Layers, survey
 from xcli.methods.base import Method
 from xcli.models import find_logits
 from xcli.registry import build
@@ -90,7 +91,7 @@ def explain(
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(frozen(model))
-        layers = survey(model, images[:1], output)
+        layers = surveyed(model, images, output)
         at = [layer.name for layer in chosen.looks_at(layers)]
         forward = Forward(model, images, at, execution, graph="gradients" in chosen.needs)
         logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
@@ -109,6 +110,22 @@ def explain(
             probabilities(own).gather(1, index)[:, 0],
             found.extras,
         )
+
+
+_SURVEYS: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Layers]] = WeakKeyDictionary()
+
+
+def surveyed(model: nn.Module, images: Tensor, output: str | None) -> Layers:
+    """The survey of a model at the images' size, kept for the next batch as long as the model stays as it is."""
+    weights = (
+        tuple((id(part), type(part)) for part in model.modules()),
+        tuple(p._version for p in model.parameters()),
+    )
+    state = (images.shape[1:], images.dtype, images.device, output, weights)
+    known = _SURVEYS.get(model)
+    if known is None or known[0] != state:
+        known = _SURVEYS[model] = (state, survey(model, images[:1], output))
+    return known[1]
 
 
 class ContentKeys(Sequence[str]):

@@ -1,0 +1,83 @@
+"""On a GPU: the same maps as on the CPU, the same from run to run, and the whole command. ``pytest -m gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import contract
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import xcli
+from xcli.config import load_config
+from xcli.demo import nets
+from xcli.images import find_images
+from xcli.pipeline import explain_folder
+from xcli.registry import methods
+from xcli.tuning import exact
+
+pytestmark = pytest.mark.gpu
+SCENES = Path(__file__).parents[1] / "sample_images" / "scenes"
+
+
+@pytest.mark.parametrize("network", ["shapes-cnn", "shapes-vit"])
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_a_gpu_gives_the_maps_of_the_cpu(name, network):
+    x = contract.pictures((128, 128)).float()
+    cls = methods()[name]
+    method = cls(**cls.small)
+    with exact():
+        net = nets.load(network)
+        expected = xcli.explain(net, x, method, target=[6, 1, 7, 0, 2])
+        found = xcli.explain(net.cuda(), x.cuda(), method, target=[6, 1, 7, 0, 2])
+        again = xcli.explain(net, x.cuda(), method, target=[6, 1, 7, 0, 2])
+    assert found.map.device.type == "cuda"
+    assert_close(found.map.cpu(), expected.map, rtol=1e-4, atol=1e-4 * float(expected.map.abs().max()))
+    assert torch.equal(found.map, again.map)
+
+
+def test_running_out_of_gpu_memory_halves_the_micro_batch():
+    net = nets.load("shapes-cnn").cuda()
+    x = contract.pictures((128, 128)).float().cuda().repeat(40, 1, 1, 1)
+    expected = xcli.explain(net, x, "gradcam", target=3, micro_batch=8).map
+    free = torch.cuda.mem_get_info()[0]
+    hoard = torch.empty(max(0, free - (300 << 20)), dtype=torch.uint8, device="cuda")
+    try:
+        found = xcli.explain(net, x, "gradcam", target=3, micro_batch=200).map
+    finally:
+        del hoard
+        torch.cuda.empty_cache()
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def run(out: Path, device: str, *overrides: str) -> dict[str, np.ndarray]:
+    config = load_config(
+        None, inputs=[str(SCENES)], output=str(out), device=device, overrides=["output.png=[]", *overrides]
+    )
+    explain_folder(config, find_images([str(SCENES)]))
+    with xcli.open_run(out) as found:
+        return {name: found.heatmap(name) for name in found.names}
+
+
+def test_the_command_gives_on_a_gpu_what_it_gives_on_the_cpu(tmp_path: Path):
+    cpu, gpu = run(tmp_path / "cpu", "cpu"), run(tmp_path / "gpu", "cuda")
+    for name, maps in cpu.items():
+        np.testing.assert_allclose(
+            gpu[name], maps, rtol=1e-4, atol=1e-4 * float(np.abs(maps).max()), err_msg=name
+        )
+
+
+def test_two_gpu_runs_are_equal_to_the_bit(tmp_path: Path):
+    one, two = run(tmp_path / "one", "cuda"), run(tmp_path / "two", "cuda")
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    half = run(tmp_path / "half", "cuda", "runtime.precision=bfloat16")
+    assert np.isfinite(half["gradcam"]).all()
+
+
+def test_pictures_are_made_on_the_gpu(tmp_path: Path):
+    config = load_config(None, inputs=[str(SCENES)], output=str(tmp_path / "run"), device="cuda")
+    summary = explain_folder(config, find_images([str(SCENES)]))
+    panels = list((tmp_path / "run" / "panels").rglob("*.png"))
+    assert len(panels) == summary.images == 24
