@@ -93,7 +93,9 @@ def a_recorded_pass_gives_the_same(method: Method, net: nn.Module, x: Tensor) ->
     score = score_of(net, x, *ROWS)
     layers = method.looks_at(score.layers)
     with frozen(net):
-        forward = Forward(net, x, [layer.name for layer in layers], Execution(2), graph=True)
+        forward = Forward(
+            net, x, [layer.name for layer in layers], Execution(2), leaves=[layer.name for layer in layers]
+        )
         assert_close(found(method, replace(score, forward=forward), x).map, found(method, score, x).map)
 
 

@@ -16,7 +16,7 @@ import xcli
 from xcli.cli import app
 
 PACKAGE = Path(xcli.__path__[0])
-ROOT = PACKAGE.parent
+ROOT = Path(__file__).parents[1]
 LONGEST = 350
 
 FAMILIES = "methods/*"
@@ -47,7 +47,18 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ),
     ("render", "panels", "pictures"),
     ("durable", "parts", "record", "survey", "allocated", "merge", "store", "results"),
-    ("tuning", "plan", "batches", "collect", "provenance", "progress", "signals", "pipeline", "checkup"),
+    (
+        "tuning",
+        "choices",
+        "plan",
+        "batches",
+        "collect",
+        "provenance",
+        "progress",
+        "signals",
+        "pipeline",
+        "checkup",
+    ),
     ("api",),
     ("demo/drawing", "demo/scenes", "demo/train", "demo/localise"),
     (

@@ -82,7 +82,7 @@ def test_recording_changes_no_output_and_leaves_no_hook(kind: type[nn.Module]):
     net, x = made(kind), images(2, 3, 16, 16)
     layer = {"PooledLinear": "features", "Tokens": "attention"}[kind.__name__]
     expected = net(x).detach()
-    with torch.no_grad(), recording(net, [layer], graph=False) as kept:
+    with torch.no_grad(), recording(net, [layer]) as kept:
         found = net(x)
     assert torch.equal(found, expected)
     assert list(kept) == [layer]
@@ -91,7 +91,7 @@ def test_recording_changes_no_output_and_leaves_no_hook(kind: type[nn.Module]):
 
 def test_what_was_recorded_is_safe_from_a_later_relu_in_place():
     net, x = made(PooledLinear), images(2, 3, 8, 8)
-    with torch.no_grad(), recording(net, ["features.0"], graph=False) as kept:
+    with torch.no_grad(), recording(net, ["features.0"]) as kept:
         net(x)
     assert (kept["features.0"] < 0).any()
     assert torch.equal(kept["features.0"], net.features[0](x))
@@ -99,7 +99,7 @@ def test_what_was_recorded_is_safe_from_a_later_relu_in_place():
 
 def test_the_graph_starts_at_the_first_layer_and_no_sooner():
     net, x = made(Residual), images(2, 3, 8, 8).requires_grad_()
-    with torch.no_grad(), recording(net, ["block", "last"], graph=True) as kept:
+    with torch.no_grad(), recording(net, ["block", "last"], leaves=["block", "last"]) as kept:
         out = net(x)
     assert kept["block"].is_leaf
     assert not kept["last"].is_leaf
@@ -112,7 +112,7 @@ def test_the_graph_starts_at_the_first_layer_and_no_sooner():
 
 def test_recording_leaves_the_grad_mode_and_no_hook_after_an_exception():
     net = made(Residual)
-    with pytest.raises(RuntimeError), torch.no_grad(), recording(net, ["stem"], graph=True):
+    with pytest.raises(RuntimeError), torch.no_grad(), recording(net, ["stem"], leaves=["stem"]):
         net(images(1, 7, 8, 8))
     assert hooks(net) == 0
     assert torch.is_grad_enabled()
@@ -122,10 +122,10 @@ def test_a_layer_that_runs_twice_or_is_not_there_is_refused():
     net, x = made(Residual), images(1, 3, 8, 8)
     with (
         pytest.raises(ModelError, match="'twice' runs more than once"),
-        recording(net, ["twice"], graph=False),
+        recording(net, ["twice"]),
     ):
         net(x)
-    with pytest.raises(AttributeError), recording(net, ["stem", "nothing"], graph=False):
+    with pytest.raises(AttributeError), recording(net, ["stem", "nothing"]):
         pass
     assert hooks(net) == 0
 

@@ -126,7 +126,7 @@ def test_default_layer_of_torchvision_classifiers(name, pool):
     x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
     layer = survey(net, x).default
     assert layer.name == next(layer for family, layer in EXPECTED.items() if name.startswith(family))
-    with recording(net, [layer.name], graph=True) as kept, torch.no_grad():
+    with recording(net, [layer.name], leaves=[layer.name]) as kept, torch.no_grad():
         logits = net(x)
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     (gradient,) = torch.autograd.grad((logits * noise).sum(), kept[layer.name])

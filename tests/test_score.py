@@ -166,7 +166,7 @@ def test_a_forward_pass_that_has_run_serves_gradients_and_activations():
     net, x = made(PooledLinear), images(3, 3, 8, 6)
     plain = bound(net, x, **ROWS)
     with frozen(net):
-        forward = Forward(net, x, ["features", "features.0"], Execution(2), graph=True)
+        forward = Forward(net, x, ["features", "features.0"], Execution(2), leaves=["features", "features.0"])
         shared = replace(plain, forward=forward)
         calls = []
         handle = net.register_forward_hook(lambda *_: calls.append(1))
@@ -187,11 +187,12 @@ def test_a_recorded_pass_that_does_not_fit_backward_is_given_up():
     expected = bound(net, x, [0, 1, 2, 3])
     layer = expected.layers.find("last")
     with OutOfMemory(net, 2, backward=True) as trouble:
-        forward = Forward(net, x, ["last"], execution := Execution(4), graph=True)
+        forward = Forward(net, x, ["last"], execution := Execution(4), leaves=["last"])
         score = replace(bound(net, x, [0, 1, 2, 3]), forward=forward, execution=execution)
         found = score.gradients(x, at=layer)
-    assert trouble.failures == 1
+    assert trouble.failures == 2  # once for the kept graph, once for the whole batch anew
     assert execution.micro_batch == 2
+    assert not execution.keep_graphs
     assert_close(found.grads[0], expected.gradients(x, at=layer).grads[0])
 
 
@@ -306,7 +307,7 @@ def test_a_layer_that_runs_twice_is_refused():
     with (
         torch.no_grad(),
         pytest.raises(ModelError, match="more than once"),
-        recording(net, ["twice"], graph=True),
+        recording(net, ["twice"], leaves=["twice"]),
     ):
         net(x)
     assert not net.twice._forward_hooks

@@ -22,6 +22,7 @@ from xcli.models import find_logits
 from xcli.registry import build
 from xcli.score import Score
 from xcli.targets import ClassRows, Predicted, Scale, probabilities, resolve
+from xcli.tuning import exact
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def explain(
         model: any network; its mode, flags and weights come back as they were, also after an exception.
         images: float, (B, C, H, W), on the model's device.
         method: a name (``xai methods`` lists them), a mapping as in the YAML
-            (``{"name": "gradcam", "layer": "layer3"}``), or a method such as ``GradCAM(layer="layer3")``.
+            (``{"name": "gradcam", "layer": "layer3"}``, with a ``preset`` if you like), or a method such as
+            ``GradCAM(layer="layer3")``.
         target: one class for all images, one class an image (B,), or the predicted class (None).
         score: logit, probability, log-probability or contrast; None: what the method's paper explains.
         native: keep the method's own grid instead of the images' size.
@@ -87,13 +89,16 @@ def explain(
             "the model was built under torch.inference_mode(), so it has no gradients; build it outside"
         )
     chosen = method if isinstance(method, Method) else build(method)
+    compiled = getattr(model, "_orig_mod", None)  # hooks do not reach compiled code
+    model = compiled if isinstance(compiled, nn.Module) else model
     execution = Execution(micro_batch)
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(exact())
         undo.enter_context(frozen(model))
         layers = surveyed(model, images, output)
         at = [layer.name for layer in chosen.looks_at(layers)]
-        forward = Forward(model, images, at, execution, graph="gradients" in chosen.needs)
+        forward = Forward(model, images, at, execution, leaves=at if "gradients" in chosen.needs else ())
         logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
         rows = _rows(target, logits, output)
         bound = Score(
@@ -138,7 +143,7 @@ class ContentKeys(Sequence[str]):
         return len(self.images)
 
     def __getitem__(self, index: Any) -> Any:
-        content = self.images[index].detach().cpu().contiguous().numpy().tobytes()
+        content = self.images[index].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         return hashlib.sha256(content).hexdigest()
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from xcli.errors import MemoryExhausted
+from xcli.execution import out_of_memory
 from xcli.forward import Forward
 from xcli.images import Batch, Source
-from xcli.methods.base import map_status, reduced, resized
+from xcli.methods.base import FAILED, map_status, reduced, resized
 from xcli.models import find_logits
 from xcli.plan import Plan
 from xcli.preprocess import Geometry
@@ -53,25 +55,49 @@ class Result:
 
 
 def explained(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Iterator[Result]:
-    """Every method on every row of a batch. Where memory does not suffice even for one input, the images are tried
-    one by one, so that only those that really do not fit fail."""
-    if not batch.rows:
-        yield Result([], batch.failed, [], torch.zeros(0, dtype=torch.long))
-        return
-    try:
-        yield sent(plan, together(plan, batch, sources))
-        return
-    except MemoryExhausted as error:
-        reason = str(error)
-    if len(batch.rows) == 1:
-        failed = [*batch.failed, (batch.rows[0], reason)]
+    """Every method on every row of a batch. Where memory does not suffice even for one input at once, the batch is
+    taken in halves, down to single images, so that only those that really do not fit fail."""
+    batch = labelled(plan, batch, sources)
+    reason = ""
+    if batch.rows:
+        try:
+            yield sent(plan, together(plan, batch, sources))
+            return
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = "out of memory"
+        except MemoryExhausted as error:
+            reason = str(error)
+    if len(batch.rows) <= 1:
+        failed = [*batch.failed, *((row, reason) for row in batch.rows)]
         yield Result([], failed, [], torch.zeros(0, dtype=torch.long))
         return
-    plan.execution.micro_batch = plan.batch_size
-    for index in range(len(batch.rows)):
-        failed = batch.failed if index == 0 else []
-        one = Batch([batch.rows[index]], batch.pixels[index : index + 1], [batch.geometry[index]], failed)
-        yield from explained(plan, one, sources)
+    middle = len(batch.rows) // 2
+    plan.execution.micro_batch = middle
+    for part, failed in ((slice(0, middle), batch.failed), (slice(middle, None), [])):
+        half = Batch(batch.rows[part], batch.pixels[part], batch.geometry[part], failed)
+        yield from explained(plan, half, sources)
+
+
+def labelled(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Batch:
+    """The batch, without the images that would get no row for want of a label; these failed."""
+    if set(plan.config.target) != {"label"}:
+        return batch
+    keep = [place for place, row in enumerate(batch.rows) if plan.label(sources[row]) >= 0]
+    if len(keep) == len(batch.rows):
+        return batch
+    lost = [row for row in batch.rows if plan.label(sources[row]) < 0]
+    reasons = [
+        f"label {sources[row].label!r} is no class of the model" if sources[row].label else "no label"
+        for row in lost
+    ]
+    return Batch(
+        [batch.rows[place] for place in keep],
+        batch.pixels[keep],
+        [batch.geometry[place] for place in keep],
+        [*batch.failed, *zip(lost, reasons, strict=True)],
+    )
 
 
 def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
@@ -87,7 +113,7 @@ def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
     own = logits[rows.image.to(logits.device)]
     index = rows.target[:, None]
     result.columns = {
-        "explanations/target": rows.target,
+        **{f"explanations/{name}": values for name, values in rows.columns().items()},
         "explanations/score": own.gather(1, index)[:, 0],
         "explanations/probability": probabilities(own).gather(1, index)[:, 0],
     }
@@ -120,11 +146,19 @@ def add_maps(
     score = plan.score(forward, rows, keys)
     scores = {scale: score.scaled(scale) for scale in dict.fromkeys(spec.scale for spec in plan.methods)}
     stored = None if plan.config.output.heatmap.size == "native" else plan.size
+    dtype = torch.float16 if plan.config.output.heatmap.dtype == "float16" else torch.float32
     for spec in plan.methods:
-        found = spec.method.explain(scores[spec.scale], x, stored)
-        result.maps[spec.label] = found.map
-        result.columns[f"status/{spec.label}"] = map_status(found.map)
-        for name, values in found.extras.items():
+        try:
+            found = spec.method.explain(scores[spec.scale], x, stored)
+            maps, status = found.map.detach().to(dtype), map_status(found.map.detach().to(dtype))
+            extras = found.extras
+        except LinAlgError:  # a decomposition that did not converge: the rows of this method failed
+            maps = x.new_full((len(rows.image), *plan.shapes[spec.label]), torch.nan, dtype=dtype)
+            status = torch.full((len(rows.image),), FAILED, dtype=torch.uint8)
+            extras = {name: x.new_full((len(rows.image),), torch.nan) for name in plan.extras[spec.label]}
+        result.maps[spec.label] = maps
+        result.columns[f"status/{spec.label}"] = status
+        for name, values in extras.items():
             result.columns[f"extras/{spec.label}/{name}"] = values
 
 
@@ -137,7 +171,7 @@ def add_pictures(plan: Plan, result: Result, pixels: Tensor) -> None:
     blended = "panel" in output.png or ("overlay" in output.png and output.overlay_on == "input")
     stepped = "heatmap" in output.png or ("overlay" in output.png and output.overlay_on == "original")
     for spec in plan.methods:
-        flat = resized(reduced(result.maps[spec.label], "sum"), plan.size, spec.method.upsampling)
+        flat = resized(reduced(result.maps[spec.label].float(), "sum"), plan.size, spec.method.upsampling)
         scaled = normalise(flat)  # (N, H, W) in [0, 1]
         if blended:
             seen = pixels[result.image.to(pixels.device)]
@@ -149,9 +183,7 @@ def add_pictures(plan: Plan, result: Result, pixels: Tensor) -> None:
 
 def sent(plan: Plan, result: Result) -> Result:
     """Start copying every tensor to the host, without waiting."""
-    dtype = torch.float16 if plan.config.output.heatmap.dtype == "float16" else torch.float32
-    result.maps = {label: on_host(maps.detach().to(dtype)) for label, maps in result.maps.items()}
-    for group in (result.columns, result.levels, result.overlays):
+    for group in (result.maps, result.columns, result.levels, result.overlays):
         group.update({name: on_host(tensor.detach()) for name, tensor in group.items()})
     result.pixels = None if result.pixels is None else on_host(result.pixels)
     if plan.device.type == "cuda":

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xcli.choices import logit_count, noise
 from xcli.config import Config
 from xcli.images import BadImage, Source, read_image
-from xcli.models import find_logits
 from xcli.plan import Plan, explanations, prepared
 
 
@@ -100,7 +100,7 @@ def checked_up(config: Config, sources: Sequence[Source]) -> Report:
             images=len(sources),
             size=plan.size,
             preprocess=plan.preprocess.describe(),
-            classes=class_count(plan, x),
+            classes=logit_count(plan.model, x),
             batch_size=plan.batch_size,
             part_length=plan.part_length,
             methods=timed,
@@ -121,10 +121,7 @@ def first_picture(plan: Plan, sources: Sequence[Source]) -> tuple[torch.Tensor, 
             continue
         pixels, _ = plan.preprocess.apply(image)
         return plan.to_input(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(plan.device)), True
-    noise = torch.randint(
-        0, 256, (1, 3, *plan.size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    return plan.to_input(noise.to(plan.device)), False
+    return noise(plan.preprocess, plan.size, plan.device, plan.dtype), False
 
 
 def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:
@@ -141,15 +138,9 @@ def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:
         yield MethodReport(spec.label, layer, grid, spec.scale, type(spec.method).cost, seconds)
 
 
-def class_count(plan: Plan, x: torch.Tensor) -> int:
-    """How many logits the model gives."""
-    with torch.no_grad():
-        return find_logits(plan.model.module(x), plan.model.output).shape[1]
-
-
 def traps(plan: Plan, x: torch.Tensor, readable: bool) -> Iterator[str]:
     """What often goes wrong unnoticed."""
-    count, names = class_count(plan, x), len(plan.model.categories)
+    count, names = logit_count(plan.model, x), len(plan.model.categories)
     if not readable:
         yield "no image could be read; the report is about a picture of noise"
     if plan.model.weights == "none":

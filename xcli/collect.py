@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
@@ -12,13 +13,15 @@ from PIL import Image
 
 from xcli.batches import Result
 from xcli.entries import MethodSpec
-from xcli.images import Source, read_image
+from xcli.images import BadImage, Source, read_image
 from xcli.panels import PanelRow, panel
 from xcli.parts import Array
 from xcli.pictures import Kind, Namer, PictureWriter, picture_path
 from xcli.plan import Plan
 from xcli.render import colour_table, heatmap_image, overlay_original, to_images
 from xcli.store import Column, Encoded, Part, encode
+
+LOG = logging.getLogger(__name__)
 
 
 class PartBuilder:
@@ -77,10 +80,16 @@ class PartBuilder:
             "explanations/status": np.zeros(len(self.owners), np.uint8),
             "explanations/error": [""] * len(self.owners),
             **{f"status/{spec.label}": none.astype(np.uint8) for spec in self.plan.methods},
+            **{
+                f"extras/{label}/{name}": none.astype(np.float32)
+                for label, names in self.plan.extras.items()
+                for name in names
+            },
         }
         for name, values in self.columns.items():
             joined = np.concatenate(values)
-            columns[name] = joined.astype(np.float32) if joined.dtype.kind == "f" else joined
+            real = joined.dtype.kind == "f" or name.startswith("extras/")
+            columns[name] = joined.astype(np.float32) if real else joined
         for label in self.maps:
             columns[f"heatmaps/{label}"] = self._column(label)
         return Part(
@@ -137,8 +146,12 @@ class Pictures:
             name = self.names[self.sources[source].path]
             suffixes = [self._suffix(targets[row]) if len(rows) > 1 else None for row in rows]
             if "overlay" in self.wanted:
-                made = overlays if self.on_input else self._on_original(result, place, rows)
-                self._write("overlay", made, rows, name, suffixes)
+                try:
+                    made = overlays if self.on_input else self._on_original(result, place, rows)
+                except BadImage as error:  # it was readable a moment ago
+                    LOG.warning("%s: no overlay on the original: %s", self.sources[source].path, error)
+                else:
+                    self._write("overlay", made, rows, name, suffixes)
             if "heatmap" in self.wanted:
                 made = {label: {row: heatmap_image(levels[row], self.table) for row in rows}
                         for label, levels in result.levels.items()}  # fmt: skip

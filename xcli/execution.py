@@ -16,11 +16,13 @@ from xcli.errors import MemoryExhausted
 class Execution:
     """How forward passes run: at most ``micro_batch`` inputs at once, optionally in a lower ``precision``.
 
-    Shared by all scores of a run: a micro-batch that did not fit is halved once and for all.
+    Shared by all scores of a run: a micro-batch that did not fit is halved once and for all, and where the graphs of
+    a whole batch did not fit together, none is kept any more (``keep_graphs``).
     """
 
     micro_batch: int = 64
     precision: torch.dtype | None = None
+    keep_graphs: bool = True
 
     def run(self, module: Callable[..., Any], *inputs: Tensor) -> Any:
         """``module(*inputs)``, under autocast where a precision is set."""
@@ -71,7 +73,16 @@ class Execution:
         self.micro_batch = max(1, size // 2)
 
 
+_REFUSALS = (
+    "not enough memory",
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "_ALLOC_FAILED",
+)
+
+
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether ``error`` is an allocator saying no, on any device."""
     said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in said or "out of memory" in said
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in _REFUSALS)

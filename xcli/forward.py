@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,38 +15,54 @@ from xcli.hooks import recording
 
 
 class Forward:
-    """One forward pass over a batch, with the outputs of ``layers`` kept and the graph starting at the first.
+    """One forward pass over a batch, with the outputs of ``layers`` kept and the graph starting at ``leaves``.
 
     It serves the choice of targets and every gradient method of the run: with targets known, each costs one backward
-    pass of the tail. ``graph=False`` keeps the outputs alone.
+    pass of the tail. Where memory does not suffice for the graphs of the whole batch, the outputs alone are kept.
     """
 
     def __init__(
-        self, module: nn.Module, x: Tensor, layers: Sequence[str], execution: Execution, *, graph: bool
+        self,
+        module: nn.Module,
+        x: Tensor,
+        layers: Sequence[str],
+        execution: Execution,
+        *,
+        leaves: Collection[str] = (),
     ) -> None:
-        self.x, self.layers, self.graph = x, tuple(layers), graph
+        self.x, self.layers = x, tuple(layers)
+        self.leaves: frozenset[str] = frozenset()
         self.outputs: list[Any] = []
         self.acts: list[dict[str, Tensor]] = []
         self.bounds = [0]
 
-        def run(part: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad(), recording(module, self.layers, graph=graph) as kept:
-                self.outputs.append(execution.run(module, part))
+        def run(leaves: Collection[str], part: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad(), recording(module, self.layers, leaves=leaves) as kept:
+                outputs = execution.run(module, part)
             self.acts.append(require_all(kept, self.layers))
+            self.outputs.append(outputs)
             self.bounds.append(self.bounds[-1] + len(part))
             return (part[:0],)
 
-        execution.each(run, x)
+        if leaves and execution.keep_graphs:
+            parts = x.split(execution.micro_batch)
+            if all(execution.attempt(partial(run, leaves, part)) is not None for part in parts):
+                self.leaves = frozenset(leaves)
+                return
+            self.drop()
+            execution.keep_graphs = False
+        execution.each(partial(run, ()), x)
 
     def covers(self, x: Tensor, layers: Sequence[str], *, graph: bool) -> bool:
         """Whether this pass, still held, ran on ``x`` and kept what is asked."""
         held = bool(self.acts) and x is self.x
-        return held and bool(layers) and set(layers) <= set(self.layers) and (self.graph or not graph)
+        return held and bool(layers) and set(layers) <= (self.leaves if graph else set(self.layers))
 
     def drop(self) -> None:
         """Let the kept graph go."""
         self.outputs.clear()
         self.acts.clear()
+        del self.bounds[1:]
 
 
 def require_all(kept: dict[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:

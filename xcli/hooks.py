@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -64,12 +64,15 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
 
 
 @contextmanager
-def recording(module: nn.Module, layers: Sequence[str], *, graph: bool) -> Iterator[dict[str, Tensor]]:
+def recording(
+    module: nn.Module, layers: Sequence[str], *, leaves: Collection[str] = ()
+) -> Iterator[dict[str, Tensor]]:
     """Keep the outputs of ``layers`` from the one forward pass inside the block.
 
-    With ``graph``, run that forward under ``torch.no_grad()``: whatever precedes the first of the layers costs
-    plain inference, that layer's output becomes a leaf, and recording goes on from there, so a backward pass
-    covers the tail alone. The model goes on with a copy, so a later in-place ReLU cannot rewrite what was kept.
+    With ``leaves``, run that forward under ``torch.no_grad()``: whatever precedes the first of these layers costs
+    plain inference, its output becomes a leaf, and recording goes on from there, so a backward pass covers the tail
+    alone; one that runs in a parallel branch becomes a leaf too. The model goes on with a copy, so a later in-place
+    ReLU cannot rewrite what was kept.
 
     Raises:
         ModelError: a layer ran twice in one forward (its maps would be ambiguous), or yields no tensor.
@@ -83,7 +86,7 @@ def recording(module: nn.Module, layers: Sequence[str], *, graph: bool) -> Itera
                     f"layer {name!r} runs more than once in a forward pass; name a layer that runs once"
                 )
             tensor = first_tensor(output, name)
-            if graph and not torch.is_grad_enabled():
+            if name in leaves and not tensor.requires_grad:
                 tensor = tensor.detach().requires_grad_()
                 torch.set_grad_enabled(True)
             kept[name] = tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -27,6 +28,8 @@ from xcli.provenance import recorded
 from xcli.results import open_run
 from xcli.signals import interruptible
 from xcli.store import State, Store, open_store, peek
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def work(plan: Plan, store: Store, progress: Reporter) -> Done:
     """Explain what is left to do of this shard, part by part."""
     for line in announced(plan):
         progress.say(line)
+    LOG.info("decided: %s", plan.resolved())
     inputs, todo = store.inputs, store.todo()
     own: int = sum(rows.stop - rows.start for _, rows in todo)
     failed = 0

@@ -9,22 +9,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xcli import tuning
+from xcli.choices import (
+    chosen_device,
+    input_size,
+    logit_count,
+    noise,
+    refuse_underflow,
+    wants_channels_last,
+)
 from xcli.config import Config, resolve_targets
 from xcli.entries import MethodSpec
-from xcli.errors import ConfigError, InputError, ModelError
+from xcli.errors import ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward
 from xcli.hooks import frozen
-from xcli.images import BadImage, Source, image_size
+from xcli.images import Source
 from xcli.layers import Layers, survey
 from xcli.methods.base import Attribution, resized
 from xcli.models import Model, find_logits, load_model
 from xcli.preprocess import Preprocess
 from xcli.score import Score
-from xcli.targets import ClassRows, Predicted, Target, resolve
+from xcli.targets import ClassRows, Predicted, Target, label_classes, resolve
 from xcli.weights import weights_hash
 
 PART_SECONDS = 60.0
@@ -44,7 +52,7 @@ class Plan:
         at: the layers that any of the methods looks at.
         classes: class index of each label's text.
         batch_size: images in a batch; a part holds whole batches, so a batch is the same in every run.
-        shapes: of one stored map, by the method's label.
+        shapes: of one stored map, by the method's label; extras: names of what it adds for each row.
         seconds: what one image took when the plan was made, all methods together.
     """
 
@@ -62,6 +70,7 @@ class Plan:
     execution: Execution
     batch_size: int
     shapes: Mapping[str, tuple[int, ...]]
+    extras: Mapping[str, tuple[str, ...]]
     seconds: float
     folds: int
     channels_last: bool
@@ -109,8 +118,9 @@ class Plan:
 
     def forward(self, x: Tensor) -> Forward:
         """The one pass over a batch that serves the targets and every CAM."""
-        graph = any("gradients" in spec.method.needs for spec in self.methods)
-        return Forward(self.model.module, x, self.at, self.execution, graph=graph)
+        wanted = [spec.method for spec in self.methods if "gradients" in spec.method.needs]
+        leaves = {layer.name for method in wanted for layer in method.looks_at(self.layers)}
+        return Forward(self.model.module, x, self.at, self.execution, leaves=leaves)
 
     def score(self, forward: Forward, rows: ClassRows, keys: Sequence[str]) -> Score:
         """The rows of a batch, bound to the model."""
@@ -138,15 +148,20 @@ def prepared(
     model = load_model(config.model_spec(), device)
     digest = weights_hash(model.module)
     model.module.to(dtype)
+    refuse_underflow(config)
     with ExitStack() as undo:
         undo.enter_context(tuning.exact())
+        if device.type == "cuda":
+            undo.enter_context(torch.cuda.device(device))
         undo.enter_context(frozen(model.module))
         size = tuple(known["size"]) if known else input_size(config, model.preprocess, sources)
         preprocess = model.preprocess.with_size(size)
-        last = wants_channels_last(config, model.module, device)
+        x = noise(preprocess, size, device, dtype)
+        count = logit_count(model, x)
+        last = wants_channels_last(config, model, x)
         if last:
             undo.enter_context(tuning.channels_last(model.module))
-        x = noise(preprocess, size, device, dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
         layers = survey(model.module, x, model.output)
         methods = tuple(
             pinned(config, index, layers, known.get("layers", {})) for index in range(len(config.methods))
@@ -162,74 +177,21 @@ def prepared(
             dtype=dtype,
             preprocess=preprocess,
             size=size,
-            targets=resolve_targets(config, model.categories),
-            classes=label_classes(config, [source.label for source in sources], model.categories),
+            targets=resolve_targets(config, model.categories, count),
+            classes=class_labels(config, sources, model.categories, count),
             methods=methods,
             layers=layers,
             at=at,
             execution=Execution(1, AUTOCAST.get(config.runtime.precision)),
             batch_size=1,
             shapes={},
+            extras={},
             seconds=0.0,
             folds=folds,
             channels_last=last,
             weights_sha256=digest,
         )
         yield tried(plan, x, known)
-
-
-def wants_channels_last(config: Config, module: nn.Module, device: torch.device) -> bool:
-    """Whether to keep images and weights in channels-last layout; ``auto``: on a CPU or GPU, with convolutions."""
-    if config.runtime.channels_last != "auto":
-        return config.runtime.channels_last
-    return device.type in ("cpu", "cuda") and any(isinstance(part, nn.Conv2d) for part in module.modules())
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is the first GPU, else the CPU.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
-        device.type, 1
-    )
-    if (device.index or 0) >= count:
-        raise ConfigError(
-            f"runtime.device: {name} is not there ({count} {device.type} devices); use auto or cpu"
-        )
-    return device
-
-
-def input_size(config: Config, preprocess: Preprocess, sources: Sequence[Source]) -> tuple[int, int]:
-    """The one input size (H, W) of a run: the preprocessing's, else ``images.size``, else the first readable image's.
-
-    Raises:
-        InputError: no image can be read.
-    """
-    if config.images.size is not None:
-        return preprocess.with_size(config.images.size).size or config.images.size
-    if preprocess.size is not None:
-        return preprocess.size
-    for source in sources:
-        try:
-            return preprocess.size_for(*image_size(source.file))
-        except BadImage:
-            continue
-    raise InputError(
-        f"none of the {len(sources)} images can be read; set images.size: [H, W] to run all the same"
-    )
-
-
-def noise(preprocess: Preprocess, size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One picture of seeded noise as model input, (1, 3, H, W)."""
-    pixels = torch.randint(
-        0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
-    return preprocess.normalise(pixels.to(device), dtype)
 
 
 def pinned(config: Config, index: int, layers: Layers, known: Mapping[str, Sequence[str]]) -> MethodSpec:
@@ -241,57 +203,50 @@ def pinned(config: Config, index: int, layers: Layers, known: Mapping[str, Seque
         raise config.error(("methods", index, "layer"), str(error)) from None
 
 
-def label_classes(config: Config, labels: Sequence[str | None], categories: Sequence[str]) -> dict[str, int]:
-    """Class index of each label: a category's name, else its number, else the folder's place among all folders.
-
-    The last is torchvision's ImageFolder rule and holds where there are as many folders as classes and no folder
-    is a category. Labels that are no class are left out.
+def class_labels(
+    config: Config, sources: Sequence[Source], categories: Sequence[str], count: int
+) -> dict[str, int]:
+    """Class index of each label among the images' (``targets.label_classes``).
 
     Raises:
-        ConfigError: the config needs labels and none of them is a class.
+        ConfigError: the config needs labels and none of them is a class; or it asks for right and wrong answers of a
+            model with a single logit, which names no class.
     """
-    by_name = {name.casefold(): index for index, name in reversed(list(enumerate(categories)))}
-    distinct = sorted({label for label in labels if label})
-    found = {label: by_name.get(label.casefold(), number(label, len(categories))) for label in distinct}
-    found = {label: index for label, index in found.items() if index >= 0}
-    if config.images.labels == "folder" and not found and len(distinct) == len(categories):
-        found = {label: index for index, label in enumerate(distinct)}
-    if distinct and not found and config.needs_labels:
-        raise ConfigError(
-            f"images.labels: none of the labels is a class of the model: {', '.join(map(repr, distinct[:3]))}...; "
-            f"classes are {', '.join(map(repr, categories[:3]))}..."
+    labels = sorted({source.label for source in sources if source.label})
+    found = label_classes(labels, categories, count, folders=config.images.labels == "folder")
+    if count == 1 and config.images.only in ("wrong", "correct"):
+        raise config.error(("images", "only"), "the model has a single logit, so no class is right or wrong")
+    if labels and not found and config.needs_labels:
+        known = f"; its classes are {', '.join(map(repr, categories[:3]))}, ..." if categories else ""
+        some = ", ".join(map(repr, labels[:3]))
+        raise config.error(
+            ("images", "labels"), f"none of the labels ({some}, ...) is a class of the model{known}"
         )
     return found
 
 
-def number(label: str, count: int) -> int:
-    """The class index written out in ``label``, or -1."""
-    return int(label) if label.isascii() and label.isdigit() and int(label) < count else -1
-
-
 def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
-    """The plan after every method has run on one picture: shapes of the maps, time, and the size of a batch."""
-    shapes = {}
+    """The plan after every method has run on one picture: what it stores, time, and the size of a batch."""
     began = time.perf_counter()
-    if plan.device.type == "cuda":
+    cuda = plan.device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats(plan.device)
-    used = torch.cuda.memory_allocated(plan.device) if plan.device.type == "cuda" else 0
+    used = torch.cuda.memory_allocated(plan.device) if cuda else 0
+    native = plan.config.output.heatmap.size == "native"
+    shapes, extras = {}, {}
     for label, found in explanations(plan, x):
-        stored = (
-            found.map
-            if plan.config.output.heatmap.size == "native"
-            else resized(found.map, plan.size, "nearest")
-        )
+        stored = found.map if native else resized(found.map, plan.size, "nearest")
         shapes[label] = tuple(stored.shape[1:])
+        extras[label] = tuple(found.extras)
     seconds = time.perf_counter() - began
+    plan = replace(plan, shapes=shapes, extras=extras, seconds=seconds)
     if known:
-        batch, shapes = known["batch_size"], {k: tuple(v) for k, v in known["shapes"].items()}
-    elif plan.config.runtime.batch_size != "auto":
-        batch = plan.config.runtime.batch_size
+        batch = int(known["batch_size"])
+        plan = replace(plan, shapes={label: tuple(shape) for label, shape in known["shapes"].items()})
     else:
-        batch = fitting_batch(plan, used, len(x))
-    execution = Execution(batch, plan.execution.precision)
-    return replace(plan, batch_size=batch, shapes=shapes, seconds=seconds, execution=execution)
+        chosen = plan.config.runtime.batch_size
+        batch = fitting_batch(plan, used, len(x)) if chosen == "auto" else chosen
+    return replace(plan, batch_size=batch, execution=Execution(batch, plan.execution.precision))
 
 
 def explanations(plan: Plan, x: Tensor) -> Iterator[tuple[str, Attribution]]:
@@ -312,6 +267,7 @@ def fitting_batch(plan: Plan, used: int, images: int) -> int:
         most = min(128, torch.cuda.mem_get_info(plan.device)[0] // 2 // each)
     else:
         most = min(32, max(1, 16 * 224 * 224 // (plan.size[0] * plan.size[1])))
+    most = int(most) * 8 // max(8, plan.most_rows)  # gradients exist for every row of a batch
     rows = PART_BYTES // (
         4 * max(1, sum(int(torch.Size(s).numel()) for s in plan.shapes.values())) * plan.most_rows
     )
@@ -323,7 +279,7 @@ def surveyed(config: Config) -> Layers:
     device = chosen_device(config.runtime.device)
     model = load_model(config.model_spec(), device)
     size = config.images.size or model.preprocess.size or (224, 224)
+    x = noise(model.preprocess.with_size(size), size, device, torch.float32)
     with frozen(model.module):
-        return survey(
-            model.module, noise(model.preprocess.with_size(size), size, device, torch.float32), model.output
-        )
+        logit_count(model, x)
+        return survey(model.module, x, model.output)

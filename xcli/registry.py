@@ -8,6 +8,7 @@ tests come from the same table. The files are found by walking the package, so a
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -88,7 +89,12 @@ def build(spec: str | Mapping[str, object]) -> Method:
     if preset != "paper" and preset not in cls.presets:
         raise ConfigError(f"{name} has no preset {preset!r}; known: {', '.join(['paper', *cls.presets])}")
     try:
-        return TypeAdapter(cls).validate_python({**cls.presets.get(preset, {}), **wanted})
+        options = json.dumps({**cls.presets.get(preset, {}), **wanted})
+        return TypeAdapter(cls).validate_json(options, strict=True)
+    except TypeError as error:  # not a value of YAML
+        raise ConfigError(
+            f"{name}: {error}; options are numbers, texts, true or false, and lists of these"
+        ) from None
     except ValidationError as error:
         problems = [_problem(name, cls, found["loc"], found["msg"]) for found in error.errors()]
         raise ConfigError("\n".join(problems)) from None

@@ -40,9 +40,9 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.recorder.runs_again:
             touched = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-            self.read |= touched
-            if func._schema.is_mutable:  # the replay will change it again, so keep it as it is now
-                self.read |= self.recorder.copied(touched)
+            self.read |= touched | self.recorder.copied(
+                touched
+            )  # as it is now: it may be changed in place later
         return func(*args, **(kwargs or {}))
 
 
@@ -60,6 +60,7 @@ class _Recorder:
         self.calls: list[_Call] = []
         self.reached = False
         self.output: Any = None
+        self.answer: Any = None
 
     @property
     def runs_again(self) -> bool:
@@ -104,7 +105,7 @@ def _recorded(module: nn.Module, layer: str, x: Tensor) -> tuple[_Recorder, set[
             undo.callback(part.register_forward_pre_hook(recorder.enter).remove)
             undo.callback(part.register_forward_hook(recorder.leave).remove)
         with watch:
-            module(x)
+            recorder.answer = module(x)
     if not recorder.reached:
         raise ModelError(f"layer {layer!r} does not run in a forward pass")
     return recorder, watch.read
@@ -132,6 +133,28 @@ class Replay:
             for tensor, less in zip(kept, changed, strict=True)
             if tensor.ndim and len(tensor) == len(x) and len(less) == len(other)
         }
+        self._verify(recorder.answer)
+
+    def _verify(self, expected: Any) -> None:
+        """Replay the batch in reverse order once: what cannot be told apart while recording shows here.
+
+        Raises:
+            ModelError: the rest of the network depends on what came before in a way that cannot be kept.
+        """
+        turned = torch.arange(len(self.x)).flip(0)
+        acts = self.activations()
+        with torch.no_grad():
+            found = self(acts[turned.to(acts.device)], turned)
+        for before, now in zip(_tensors(expected), _tensors(found), strict=True):
+            if before.ndim and before.shape == now.shape and len(before) == len(self.x):
+                bound = 1e-4 * float(before.abs().max()) + 1e-12
+                if not torch.allclose(
+                    before[turned.to(before.device)], now, rtol=1e-4, atol=bound, equal_nan=True
+                ):
+                    raise ModelError(
+                        f"the network cannot be run from layer {self.layer!r} on: its parts do not keep images apart "
+                        "or change each other's outputs; name another layer"
+                    )
 
     def __call__(self, acts: Tensor, image: Tensor) -> Any:
         given = with_tensor(self.output, acts.clone())  # what follows may change it in place

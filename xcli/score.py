@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,9 @@ from xcli.hooks import recording
 from xcli.layers import Layer, Layers
 from xcli.replay import Replay
 from xcli.targets import Rows, Scale
+
+Copies = Tensor | Callable[[Tensor], Tensor]
+"""Inputs (M, C, H, W), or a pure function that makes those of an index (m,): a retry calls it again."""
 
 
 class Gradients(NamedTuple):
@@ -87,27 +90,33 @@ class Score:
         """The score of row i on input i: (N, C, H, W) -> (N,)."""
         return self.at(x, torch.arange(len(self.image)))
 
-    def at(self, x: Tensor, row: Tensor) -> Tensor:
+    def at(self, x: Copies, row: Tensor) -> Tensor:
         """The scores (M,) of inputs (M, C, H, W), input i for ``row[i]``."""
+
+        def score(index: Tensor) -> tuple[Tensor, ...]:
+            return (self.values(taken(x, index), row[index]),)
+
         with torch.inference_mode():
-            (values,) = self.execution.each(lambda part, own: (self.values(part, own),), x, row)
+            (values,) = self.execution.each(score, torch.arange(len(row)))
         return values.clone()
 
-    def on(self, x: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def on(self, x: Copies, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of copies (M, C, H, W) of the images ``image`` (M,) for every row of each copy's image.
+
+        Thousands of copies need not exist at once: ``x`` may be a function that makes those of an index (m,).
 
         Returns (values, copy, row), each (P,): value p is of input ``copy[p]`` for row ``row[p]``.
         """
         copy, row = self._pairs(image)
         bounds = torch.searchsorted(copy, torch.arange(len(image) + 1))
 
-        def score(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        def score(index: Tensor) -> tuple[Tensor, ...]:
             first, last = int(bounds[index[0]]), int(bounds[index[-1] + 1])
-            outputs = self._outputs(part, image[index])
+            outputs = self._outputs(taken(x, index), image[index])
             return (self.rows.values(outputs, copy[first:last] - index[0], row[first:last]),)
 
         with torch.inference_mode():
-            (values,) = self.execution.each(score, x, torch.arange(len(image)))
+            (values,) = self.execution.each(score, torch.arange(len(image)))
         return values.clone(), copy, row
 
     def values(self, x: Tensor, row: Tensor) -> Tensor:
@@ -122,7 +131,7 @@ class Score:
             return tuple(full(torch.cat(tensors)) for tensors in zip(*chunks, strict=True))
 
         def run(part: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad(), recording(self.module, names, graph=False) as kept:
+            with torch.no_grad(), recording(self.module, names) as kept:
                 self.execution.run(self.module, part)
             return tuple(full(require_all(kept, names)[name]) for name in names)
 
@@ -179,7 +188,7 @@ class Score:
                 x = x if whole and x.requires_grad else x.detach().requires_grad_()
             if not names:
                 return (x,), self._outputs(x.clone(), image)
-            kept = undo.enter_context(recording(self.module, names, graph=not whole))
+            kept = undo.enter_context(recording(self.module, names, leaves=() if whole else names))
             outputs = self._outputs(x, image)
             return tuple(require_all(kept, names)[name] for name in names), outputs
 
@@ -200,7 +209,7 @@ class Score:
         last = int(turns.max()) if len(turns) else -1
         grads = [[torch.zeros_like(act)] for act in acts] if last < 0 else [[] for _ in acts]
         for turn in range(last + 1):
-            picked = values[(turns == turn).to(values.device)].sum()
+            picked = values.sum() if last == 0 else values[(turns == turn).to(values.device)].sum()
             again = keep or turn < last
             found = torch.autograd.grad(
                 picked, acts, retain_graph=again, create_graph=create_graph, materialize_grads=True
@@ -230,8 +239,8 @@ class Score:
                 backward = partial(self._backward, acts, outputs, *pairs, keep=True, create_graph=False)
                 part = self.execution.attempt(backward)
                 if part is None:
-                    self.execution.halve(len(acts[0]))
                     self.forward.drop()
+                    self.execution.keep_graphs = False
                     return None
                 parts.append(part)
             self.memo[names] = as_gradients(tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -251,6 +260,11 @@ class Score:
         if self.prefix is None:
             return self.execution.run(self.module, x)
         return self.execution.run(lambda acts: self.prefix(acts, image), x)  # type: ignore[misc]
+
+
+def taken(x: Copies, index: Tensor) -> Tensor:
+    """The inputs of ``index`` (m,), made now or picked out."""
+    return x(index) if callable(x) else x[index.to(x.device)]
 
 
 def as_gradients(found: tuple[Tensor, ...]) -> Gradients:

@@ -136,7 +136,7 @@ class RuntimeSection(Section):
         default="float32", description="of the network"
     )
     workers: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
-        default="auto", description="processes that decode images"
+        default="auto", description="threads that decode images"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="of every random number")
     fold: bool = Field(default=True, description="fold batch norm into convolutions where a method allows it")

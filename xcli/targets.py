@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -145,6 +146,31 @@ class Top:
 
 
 Target = Predicted | Label | Classes | Top
+
+
+def label_classes(
+    labels: Sequence[str], categories: Sequence[str], count: int, *, folders: bool
+) -> dict[str, int]:
+    """Class index of each label: a category's name, else its number, else the folder's place among all folders.
+
+    The last is torchvision's ImageFolder rule and holds for ``folders``, where there are as many of them as classes
+    and none is a category. Labels that are no class, or the name of several, are left out.
+
+    Args:
+        labels: distinct, sorted.
+        count: logits of the model.
+    """
+    names = [name.casefold() for name in categories[:count]]
+    times = Counter(names)
+    by_name = {name: index for index, name in enumerate(names) if times[name] == 1}
+    by_number = {
+        label: int(label) for label in labels if label.isascii() and label.isdigit() and int(label) < count
+    }
+    found = {label: by_name.get(label.casefold(), by_number.get(label, -1)) for label in labels}
+    found = {label: index for label, index in found.items() if index >= 0}
+    if folders and not found and len(labels) == count:
+        return {label: index for index, label in enumerate(labels)}
+    return found
 
 
 def resolve(

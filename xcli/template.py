@@ -43,7 +43,7 @@ PRESETS: Mapping[str, _Preset] = {
             "images": {"path": "sample_images/scenes"},
             "output": {"path": "results/quickstart", "png": ["overlay", "panel"]},
         },
-        target={"top": 3, "above": 0.2},
+        target={"top": 2, "above": 0.005},
         methods=("gradcam", "hirescam", "layercam", "eigencam", "random"),
     ),
     "torchvision": _Preset(

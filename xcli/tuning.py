@@ -56,7 +56,7 @@ def folded(module: nn.Module, x: Tensor, keep: Collection[str] = ()) -> Iterator
     output must stay what it is: a convolution among them is left alone.
     """
     kept = {module.get_submodule(name) for name in keep}
-    pairs = [(conv, norm) for conv, norm in _pairs(module, x) if conv not in kept]
+    pairs = _pairs(module, x, kept)
     homes = {child: (parent, name) for parent in module.modules() for name, child in parent.named_children()}
     with ExitStack() as undo:
         expected = _outputs(module, x)
@@ -70,24 +70,42 @@ def folded(module: nn.Module, x: Tensor, keep: Collection[str] = ()) -> Iterator
         yield len(pairs)
 
 
-def _pairs(module: nn.Module, x: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def _pairs(
+    module: nn.Module, x: Tensor, kept: Collection[nn.Module]
+) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Convolutions whose very output a norm reads, both called once; not those whose output a kept layer yields."""
     made: dict[int, tuple[Tensor, nn.Conv2d]] = {}
+    needed: set[int] = set()
     calls: dict[nn.Module, int] = {}
-    found: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    found: list[tuple[int, nn.Conv2d, nn.BatchNorm2d]] = []
 
     def listen(part: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         calls[part] = calls.get(part, 0) + 1
-        if isinstance(part, nn.Conv2d):
+        if part in kept:
+            needed.add(id(output))
+        if type(part) is nn.Conv2d and _is_plain(part):
             made[id(output)] = (output, part)  # holding the tensor keeps its id its own
-        elif isinstance(part, nn.BatchNorm2d) and part.running_mean is not None and id(inputs[0]) in made:
-            found.append((made[id(inputs[0])][1], part))
+        elif (
+            type(part) is nn.BatchNorm2d
+            and part.running_mean is not None
+            and inputs
+            and id(inputs[0]) in made
+        ):
+            found.append((id(inputs[0]), made[id(inputs[0])][1], part))
 
     with torch.no_grad(), ExitStack() as undo:
         for part in module.modules():
-            if isinstance(part, nn.Conv2d | nn.BatchNorm2d):
+            if part in kept or isinstance(part, nn.Conv2d | nn.BatchNorm2d):
                 undo.callback(part.register_forward_hook(listen).remove)
         module(x)
-    return [(conv, norm) for conv, norm in found if calls[conv] == calls[norm] == 1]
+    return [
+        (conv, norm) for key, conv, norm in found if calls[conv] == calls[norm] == 1 and key not in needed
+    ]
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Whether its weight is a parameter of its own, not made anew at each call as weight norm does."""
+    return "weight" in conv._parameters and not conv._forward_pre_hooks
 
 
 @contextmanager
@@ -118,12 +136,25 @@ def _close(expected: Tensor, found: Tensor) -> bool:
 @contextmanager
 def exact() -> Iterator[None]:
     """Full float32 on a GPU: no TF32, and algorithms that give the same bits twice."""
-    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    deterministic = torch.backends.cudnn.deterministic
+    switches = [
+        (torch.backends.cudnn, "deterministic", True),
+        _full_precision(torch.backends.cuda.matmul, torch.backends.cuda.matmul),
+        _full_precision(torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in switches]
     try:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
+        for owner, name, value in switches:
+            setattr(owner, name, value)
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
-        torch.backends.cudnn.deterministic = deterministic
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _full_precision(old: Any, new: Any) -> tuple[Any, str, object]:
+    """The switch, name and value that turn TF32 off, in whichever of PyTorch's two ways the process has used."""
+    try:
+        _ = old.allow_tf32
+    except RuntimeError:  # set by ``fp32_precision``; PyTorch refuses to mix them
+        return new, "fp32_precision", "ieee"
+    return old, "allow_tf32", False

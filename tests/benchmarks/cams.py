@@ -142,7 +142,7 @@ def together(
     chosen = [methods()[name]() for name in ("gradcam", "hirescam", "layercam")]
 
     def run() -> object:
-        forward = Forward(net, x, [LAYER], execution, graph=True)
+        forward = Forward(net, x, [LAYER], execution, leaves=[LAYER])
         score = Score(net, ClassRows(torch.arange(BATCH), target), layers, execution, forward=forward)
         return [method.explain(score, x, (SIZE, SIZE)).map for method in chosen]
 

@@ -54,8 +54,14 @@ def explain(
     from xcli.errors import ConfigError
     from xcli.images import find_images
 
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("xcli").setLevel(logging.INFO)
     part = shard_of(shard)
+    if fresh and part[1] > 1:
+        raise ConfigError(
+            "--fresh with --shard would remove what other shards have done; remove the output folder first"
+        )
     if engine != "local":
         raise ConfigError(f"--engine {engine}: not in this version; the only engine is local")
     loaded = load_config(

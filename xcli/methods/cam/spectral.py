@@ -40,17 +40,20 @@ def first_component(acts: Tensor) -> Tensor:
     """Projection (B, h, w) of centred activations (B, K, h, w) on their first right singular vector.
 
     The singular vectors come from the smaller of the two Gram matrices, hw x hw or K x K, in one batched
-    decomposition; in float64, since squaring the matrix squares its condition number.
+    decomposition; in float64, since squaring the matrix squares its condition number. An image whose activations are
+    not finite gets a map of NaN.
     """
     rows = acts.flatten(2).transpose(1, 2).double()  # (B, hw, K)
-    rows = rows - rows.mean(1, keepdim=True)
+    finite = rows.isfinite().all(2).all(1)[:, None]  # (B, 1); a decomposition of the rest would fail for all
+    rows = torch.where(finite[..., None], rows - rows.mean(1, keepdim=True), 0.0)
     if rows.shape[1] <= rows.shape[2]:
         power, left = torch.linalg.eigh(rows @ rows.transpose(1, 2))  # ascending
         maps = left[:, :, -1] * power[:, -1:].clamp_min(0).sqrt()  # (B, hw) = u_1 s_1
     else:
         _, right = torch.linalg.eigh(rows.transpose(1, 2) @ rows)
         maps = (rows @ right[:, :, -1:])[..., 0]
-    return towards_positive(maps).reshape(len(acts), *acts.shape[2:]).to(acts.dtype)
+    maps = torch.where(finite, towards_positive(maps), torch.nan)
+    return maps.reshape(len(acts), *acts.shape[2:]).to(acts.dtype)
 
 
 def towards_positive(maps: Tensor) -> Tensor:
