@@ -166,7 +166,8 @@ TIMM = {
 
 @pytest.mark.parametrize("case", TIMM)
 def test_default_layer_of_timm_transformers(case):
-    transformer = pytest.importorskip("timm.models.vision_transformer")
+    from timm.models import vision_transformer as transformer
+
     options, name, grid = TIMM[case]
     size = options["img_size"]
     size = (size, size) if isinstance(size, int) else size
@@ -202,7 +203,8 @@ BUILDERS = {
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_default_layer_of_timm_builders(name):
-    timm = pytest.importorskip("timm")
+    import timm
+
     size, options, expected, grid = BUILDERS[name]
     layer = survey(timm.create_model(name, num_classes=5, **options), torch.randn(1, 3, *size)).default
     assert (layer.name, layer.grid) == (expected, grid)

@@ -376,7 +376,8 @@ def test_torchvision_takes_cached_weights_without_the_network(tmp_path, monkeypa
 
 
 def test_timm_brings_its_own_preprocessing(tmp_path):
-    timm = pytest.importorskip("timm")
+    import timm
+
     model = load_model(ModelSpec("timm", "resnet10t", weights="none"))
     assert ready(model)
     config = timm.data.resolve_data_config({}, model=model.module)
@@ -398,7 +399,7 @@ def test_timm_brings_its_own_preprocessing(tmp_path):
 
 
 def test_timm_offline_and_timm_missing_say_what_to_do(monkeypatch):
-    timm = pytest.importorskip("timm")
+    import timm
 
     def unreachable(*_args, **_kwargs):
         raise FileNotFoundError("cannot reach the Hub")

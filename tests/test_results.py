@@ -84,7 +84,6 @@ def test_xarray_that_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_real_xarray(tmp_path):
-    pytest.importorskip("xarray")
     run(tmp_path, 3)
     with open_run(tmp_path) as found:
         assert found.to_xarray(["gradcam"])["gradcam"].sizes["explanation"] == len(
