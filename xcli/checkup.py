@@ -13,7 +13,7 @@ from torch import nn
 from xcli.choices import logit_count, noise
 from xcli.config import Config
 from xcli.images import BadImage, Source, read_image
-from xcli.plan import Plan, explanations, prepared
+from xcli.plan import Plan, dtype_of, explanations, prepared
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def first_picture(plan: Plan, sources: Sequence[Source]) -> tuple[torch.Tensor, 
             continue
         pixels, _ = plan.preprocess.apply(image)
         return plan.to_input(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(plan.device)), True
-    return noise(plan.preprocess, plan.size, plan.device, plan.dtype), False
+    return noise(plan.preprocess, plan.size, plan.device, dtype_of(plan.config)), False
 
 
 def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:

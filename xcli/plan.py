@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ from xcli.weights import weights_hash
 PART_SECONDS = 60.0
 PART_BYTES = 256 << 20
 PART_IMAGES = 256
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,7 +48,6 @@ class Plan:
     Attributes:
         preprocess: gives ``size`` (H, W) for every image.
         methods: as configured, their layers by name.
-        at: the layers that any of the methods looks at.
         classes: class index of each label's text.
         batch_size: images in a batch; a part holds whole batches, so a batch is the same in every run.
         shapes: of one stored map, by the method's label; extras: names of what it adds for each row.
@@ -59,22 +57,25 @@ class Plan:
     config: Config
     model: Model
     device: torch.device
-    dtype: torch.dtype
     preprocess: Preprocess
     size: tuple[int, int]
     targets: tuple[Target, ...]
     classes: Mapping[str, int]
     methods: tuple[MethodSpec, ...]
     layers: Layers
-    at: tuple[str, ...]
     execution: Execution
-    batch_size: int
-    shapes: Mapping[str, tuple[int, ...]]
-    extras: Mapping[str, tuple[str, ...]]
-    seconds: float
-    folds: int
     channels_last: bool
     weights_sha256: str
+    folds: int = 0
+    batch_size: int = 1
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def at(self) -> tuple[str, ...]:
+        """The layers that any of the methods looks at."""
+        return tuple(dict.fromkeys(name for spec in self.methods for name in self.layers_of(spec)))
 
     @property
     def part_length(self) -> int:
@@ -112,7 +113,7 @@ class Plan:
 
     def to_input(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) on the device -> normalised model input, in the layout the model likes."""
-        x = self.preprocess.normalise(pixels, self.dtype)
+        x = self.preprocess.normalise(pixels, dtype_of(self.config))
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
 
@@ -143,55 +144,56 @@ def prepared(
         ConfigError, ModelError, InputError: what the user has to change before anything can run.
     """
     known = known or {}
-    device = chosen_device(config.runtime.device)
-    dtype = DTYPES.get(config.runtime.precision, torch.float32)
-    model = load_model(config.model_spec(), device)
-    digest = weights_hash(model.module)
-    model.module.to(dtype)
     refuse_underflow(config)
-    with ExitStack() as undo:
-        undo.enter_context(tuning.exact())
-        if device.type == "cuda":
-            undo.enter_context(torch.cuda.device(device))
-        undo.enter_context(frozen(model.module))
+    with loaded(config) as (model, digest, device), ExitStack() as undo:
         size = tuple(known["size"]) if known else input_size(config, model.preprocess, sources)
         preprocess = model.preprocess.with_size(size)
-        x = noise(preprocess, size, device, dtype)
+        x = noise(preprocess, size, device, dtype_of(config))
         count = logit_count(model, x)
-        last = wants_channels_last(config, model, x)
+        last = known["channels_last"] if known else wants_channels_last(config, model, x)
         if last:
             undo.enter_context(tuning.channels_last(model.module))
             x = x.contiguous(memory_format=torch.channels_last)
         layers = survey(model.module, x, model.output)
-        methods = tuple(
-            pinned(config, index, layers, known.get("layers", {})) for index in range(len(config.methods))
-        )
-        at = tuple(dict.fromkeys(layer.name for spec in methods for layer in spec.method.looks_at(layers)))
-        folds = 0
-        if config.runtime.fold and not any("structure" in spec.method.needs for spec in methods):
-            folds = undo.enter_context(tuning.folded(model.module, x, at))
+        names = known.get("layers", {})
+        methods = tuple(pinned(config, index, layers, names) for index in range(len(config.methods)))
         plan = Plan(
             config=config,
             model=model,
             device=device,
-            dtype=dtype,
             preprocess=preprocess,
             size=size,
             targets=resolve_targets(config, model.categories, count),
             classes=class_labels(config, sources, model.categories, count),
             methods=methods,
             layers=layers,
-            at=at,
             execution=Execution(1, AUTOCAST.get(config.runtime.precision)),
-            batch_size=1,
-            shapes={},
-            extras={},
-            seconds=0.0,
-            folds=folds,
             channels_last=last,
             weights_sha256=digest,
         )
+        if config.runtime.fold and not any("structure" in spec.method.needs for spec in methods):
+            plan = replace(plan, folds=undo.enter_context(tuning.folded(model.module, x, plan.at)))
         yield tried(plan, x, known)
+
+
+@contextmanager
+def loaded(config: Config) -> Iterator[tuple[Model, str, torch.device]]:
+    """The model, frozen on its device with arithmetic in full precision; its weights' hash; the device."""
+    device = chosen_device(config.runtime.device)
+    model = load_model(config.model_spec(), device)
+    digest = weights_hash(model.module)
+    model.module.to(dtype_of(config))
+    with ExitStack() as undo:
+        if device.type == "cuda":
+            undo.enter_context(torch.cuda.device(device))
+        undo.enter_context(tuning.exact())
+        undo.enter_context(frozen(model.module))
+        yield model, digest, device
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """Of weights and images; bfloat16 and float16 are autocast over float32."""
+    return torch.float64 if config.runtime.precision == "float64" else torch.float32
 
 
 def pinned(config: Config, index: int, layers: Layers, known: Mapping[str, Sequence[str]]) -> MethodSpec:
@@ -276,10 +278,8 @@ def fitting_batch(plan: Plan, used: int, images: int) -> int:
 
 def surveyed(config: Config) -> Layers:
     """The layers of a config's model, at its input size (224 x 224 where that is the images' own)."""
-    device = chosen_device(config.runtime.device)
-    model = load_model(config.model_spec(), device)
-    size = config.images.size or model.preprocess.size or (224, 224)
-    x = noise(model.preprocess.with_size(size), size, device, torch.float32)
-    with frozen(model.module):
+    with loaded(config) as (model, _, device):
+        size = config.images.size or model.preprocess.size or (224, 224)
+        x = noise(model.preprocess.with_size(size), size, device, dtype_of(config))
         logit_count(model, x)
         return survey(model.module, x, model.output)
