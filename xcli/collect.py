@@ -6,22 +6,29 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from xcli.batches import Result
 from xcli.entries import MethodSpec
 from xcli.images import BadImage, Source, read_image
-from xcli.panels import PanelRow, panel
+from xcli.panels import CELL, PanelRow, panel
 from xcli.parts import Array
-from xcli.pictures import Kind, Namer, PictureWriter, picture_path
+from xcli.pictures import Namer, PictureWriter, picture_path
 from xcli.plan import Plan
+from xcli.preprocess import Geometry
 from xcli.render import colour_table, heatmap_image, overlay_original, to_images
 from xcli.store import Column, Encoded, Part, encode
 
 LOG = logging.getLogger(__name__)
+
+
+Overlays = Mapping[str, Sequence[Image.Image]]
+"""By the method's label, one a row."""
 
 
 class PartBuilder:
@@ -116,12 +123,8 @@ def attributes(plan: Plan, spec: MethodSpec) -> dict[str, str]:
     }
 
 
-Made = Mapping[str, Mapping[int, Image.Image]]
-"""Pictures by the method's label and the row."""
-
-
 class Pictures:
-    """The PNGs of each result: overlays, heatmaps and panels, as the config asks for them."""
+    """The PNGs of each result: overlays, heatmaps and panels, as the config asks for them; drawn by the writer."""
 
     def __init__(self, plan: Plan, root: Path, sources: Sequence[Source], writer: PictureWriter) -> None:
         self.plan, self.root, self.sources, self.writer = plan, root, sources, writer
@@ -129,61 +132,65 @@ class Pictures:
         self.on_input = plan.config.output.overlay_on == "input"
         self.names = Namer(source.path for source in sources) if self.wanted else None
         self.table = colour_table(plan.config.output.colormap, "cpu")
+        self.original = lru_cache(maxsize=4)(self._decoded)  # the methods of one image share its decoding
 
     def draw(self, result: Result) -> None:
         """Queue the pictures of one batch."""
         if self.names is None or result.pixels is None:
             return
         seen = to_images(result.pixels)
-        overlays: Made = {
-            label: dict(enumerate(to_images(pixels))) for label, pixels in result.overlays.items()
-        }
+        overlays = {label: to_images(pixels) for label, pixels in result.overlays.items()}
         targets = result.columns["explanations/target"].tolist()
         for place, source in enumerate(result.images):
             rows = (result.image == place).nonzero()[:, 0].tolist()
-            if not rows:
-                continue
             name = self.names[self.sources[source].path]
-            suffixes = [self._suffix(targets[row]) if len(rows) > 1 else None for row in rows]
-            if "overlay" in self.wanted:
-                try:
-                    made = overlays if self.on_input else self._on_original(result, place, rows)
-                except BadImage as error:  # it was readable a moment ago
-                    LOG.warning("%s: no overlay on the original: %s", self.sources[source].path, error)
-                else:
-                    self._write("overlay", made, rows, name, suffixes)
-            if "heatmap" in self.wanted:
-                made = {label: {row: heatmap_image(levels[row], self.table) for row in rows}
-                        for label, levels in result.levels.items()}  # fmt: skip
-                self._write("heatmap", made, rows, name, suffixes)
-            if "panel" in self.wanted:
+            for row in rows:
+                suffix = self._suffix(targets[row]) if len(rows) > 1 else None
+                self._singles(result, overlays, place, row, (name, suffix))
+            if "panel" in self.wanted and rows:
                 self._panel(result, overlays, seen[place], rows, name, self.sources[source].path)
 
-    def _write(
-        self, kind: Kind, made: Made, rows: Sequence[int], name: str, suffixes: Sequence[str | None]
+    def _singles(
+        self,
+        result: Result,
+        overlays: Overlays,
+        place: int,
+        row: int,
+        named: tuple[str, str | None],
     ) -> None:
-        for label, images in made.items():
-            for row, suffix in zip(rows, suffixes, strict=True):
-                self.writer.write(picture_path(self.root, kind, label, name, suffix), images[row])
+        for label in (spec.label for spec in self.plan.methods):
+            if "overlay" in self.wanted:
+                path = picture_path(self.root, "overlay", label, *named)
+                if self.on_input:
+                    self.writer.write(path, overlays[label][row])
+                else:
+                    geometry, levels = result.geometry[place], result.levels[label][row]
+                    draw = partial(self._on_original, result.images[place], levels, geometry)
+                    self.writer.write(path, draw, geometry.original[0] * geometry.original[1])
+            if "heatmap" in self.wanted:
+                path = picture_path(self.root, "heatmap", label, *named)
+                self.writer.write(path, heatmap_image(result.levels[label][row], self.table))
 
-    def _on_original(self, result: Result, place: int, rows: Sequence[int]) -> Made:
-        """Overlays on the whole image, decoded again: keeping the originals of a batch would take its memory."""
+    def _on_original(self, source: int, levels: Tensor, geometry: Geometry) -> Image.Image | None:
+        try:
+            original = self.original(source)
+        except BadImage as error:  # it was readable a moment ago
+            LOG.warning("%s: no overlay on the original: %s", self.sources[source].path, error)
+            return None
+        return overlay_original(
+            original, levels.float() / 255, geometry, self.table, self.plan.config.output.alpha
+        )
+
+    def _decoded(self, source: int) -> Image.Image:
         images = self.plan.config.images
-        file = self.sources[result.images[place]].file
-        original = read_image(file, max_pixels=images.max_pixels, background=images.background_rgb)
-        geometry, alpha = result.geometry[place], self.plan.config.output.alpha
-        return {
-            label: {
-                row: overlay_original(original, levels[row].float() / 255, geometry, self.table, alpha)
-                for row in rows
-            }
-            for label, levels in result.levels.items()
-        }
+        return read_image(
+            self.sources[source].file, max_pixels=images.max_pixels, background=images.background_rgb
+        )
 
     def _panel(
         self,
         result: Result,
-        overlays: Made,
+        overlays: Overlays,
         seen: Image.Image,
         rows: Sequence[int],
         name: str,
@@ -199,8 +206,11 @@ class Pictures:
             )
             for row in rows
         ]
+        cells = (len(labels) + 1) * len(rows) + 1
         self.writer.write(
-            picture_path(self.root, "panel", "", name), panel(seen, entries, labels, self.table, title)
+            picture_path(self.root, "panel", "", name),
+            partial(panel, seen, entries, labels, self.table, title),
+            pixels=cells * (CELL + 40) ** 2,
         )
 
     def _category(self, target: int) -> str:

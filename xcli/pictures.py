@@ -6,7 +6,7 @@ import re
 import unicodedata
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
@@ -125,6 +125,9 @@ def _cut(text: str, size: int) -> str:
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
 
 
+Drawn = Callable[[], Image.Image | None]
+
+
 class PictureWriter:
     """Encode and write PNG files in threads; each appears whole or not at all.
 
@@ -142,13 +145,17 @@ class PictureWriter:
         self._folders: set[Path] = set()
         self._failure: OutputUnwritable | None = None
 
-    def write(self, path: Path, image: Image.Image) -> None:
+    def write(self, path: Path, image: Image.Image | Drawn, pixels: int = 0) -> None:
         """Queue one picture, which must not be changed any more; blocks while too many wait.
 
+        Args:
+            image: the picture, or a function that draws it in a thread (``None``: there is nothing to write).
+            pixels: how many it will have, where it is still to be drawn.
         Raises:
             OutputUnwritable: an earlier picture could not be written; nothing more will be.
         """
-        size = image.width * image.height * 4  # Pillow keeps 4 bytes a pixel
+        pixels = image.width * image.height if isinstance(image, Image.Image) else pixels
+        size = pixels * 4  # Pillow keeps 4 bytes a pixel
         while self._pending and (
             self._pending[0][0].done() or self._bytes + size > self._limit or path in self._paths
         ):
@@ -195,7 +202,10 @@ class PictureWriter:
         if self._failure is not None:
             raise self._failure
 
-    def _store(self, path: Path, image: Image.Image) -> None:
+    def _store(self, path: Path, drawn: Image.Image | Drawn) -> None:
+        image = drawn if isinstance(drawn, Image.Image) else drawn()
+        if image is None:
+            return
         encoded = BytesIO()
         strategy = zlib.Z_DEFAULT_STRATEGY if image.mode == "P" else zlib.Z_RLE  # the better one for each
         image.save(encoded, format="PNG", compress_level=1, compress_type=strategy)
