@@ -185,3 +185,71 @@ def test_what_a_method_adds_for_each_row_is_stored_also_when_a_part_has_none(
         mass = found.extras("gradcam")["mass"]
         assert mass.shape == (6,)
         assert (mass >= 0).all()
+
+
+def test_results_below_the_input_are_no_input(folder: Path, tmp_path: Path):
+    home = tmp_path / "in"
+    home.mkdir()
+    for file in folder.rglob("*.png"):
+        (home / file.name).write_bytes(file.read_bytes())
+    assert run(home, home / "out", "plain", "output.png=[overlay]", methods="gradcam").images == 6
+    assert run(home, home / "out2", "plain", methods="gradcam").images == 6
+    assert (
+        run(home, home / "out", "plain", "output.png=[overlay]", methods="gradcam").status == "already done"
+    )
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(folder: Path, tmp_path: Path):
+    run(folder, tmp_path / "run", "plain", methods="gradcam")
+    with pytest.raises(ConfigError, match=r"output\.alpha was 0\.5, now 0\.25"):
+        run(folder, tmp_path / "run", "plain", "output.alpha=0.25", methods="gradcam")
+
+
+def test_every_shard_gets_its_share_of_few_images(folder: Path, tmp_path: Path):
+    from xcli.pipeline import explain_folder as go
+
+    config = load_config(
+        None,
+        inputs=[str(folder)],
+        output=str(tmp_path / "run"),
+        overrides=["output.png=[]", "target=predicted", "runtime.batch_size=1"],
+        methods="gradcam",
+    )
+    sources = find_images(config.images.paths)
+    assert [go(config, sources, shard=(index, 3)).status for index in (1, 2, 3)] == [
+        "shard done",
+        "shard done",
+        "done",
+    ]
+    with xcli.open_run(tmp_path / "run") as found:
+        assert len(found.explanations["image"]) == 6
+
+
+def test_names_that_do_not_fit_the_logits_are_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="3 logits, but 2 names"):
+        run(folder, tmp_path / "run", "plain", "model.categories=[a, b]")
+
+
+def test_a_label_that_is_no_class_is_said(folder: Path, tmp_path: Path):
+    from xcli.progress import Quiet
+
+    class Listening(Quiet):
+        lines: tuple[str, ...] = ()
+
+        def say(self, text: str) -> None:
+            self.lines = (*self.lines, text)
+
+    config = load_config(
+        None, inputs=[str(folder)], output=str(tmp_path / "run"), methods="gradcam",
+        overrides=["output.png=[]", "images.labels=folder", "model.categories=[a, b, '1', d, e, f, g, h, i, j]",
+                   "images.only=wrong"],
+    )  # fmt: skip
+    listening = Listening()
+    explain_folder(config, find_images(config.images.paths, labels="folder"), progress=listening)
+    assert not [line for line in listening.lines if "no class" in line]  # '0' is class 0, '1' a name
+    (folder / "zebra").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "zebra" / "z.png")
+    again = Listening()
+    explain_folder(config, find_images(config.images.paths, labels="folder"), progress=again, fresh=True)
+    (folder / "zebra" / "z.png").unlink()
+    assert "beware: the labels of 1 of 7 images are no class of the model: 'zebra' (1)" in again.lines

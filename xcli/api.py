@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -82,6 +82,12 @@ def explain(
     >>> found.map.shape, found.target.tolist()
     (torch.Size([2, 16, 16]), [3, 5])
     """
+    if not isinstance(images, Tensor):
+        raise ConfigError(f"images: a float tensor (B, C, H, W); got {type(images).__name__}")
+    if score is not None and score not in get_args(Scale):
+        raise ConfigError(f"score: one of {', '.join(get_args(Scale))}; got {score!r}")
+    if isinstance(target, str):
+        raise ConfigError(f"target: a class index, or one for each image; got {target!r}")
     if images.ndim != 4 or not images.is_floating_point() or not len(images):
         raise ConfigError(f"images: float (B, C, H, W) with B > 0; got {images.dtype} {tuple(images.shape)}")
     if any(parameter.is_inference() for parameter in model.parameters()):

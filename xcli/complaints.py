@@ -168,6 +168,8 @@ def _in_data(location: KeyPath, data: object, missing: bool) -> KeyPath:
 def _issue(
     path: KeyPath, findings: list[_Finding], keys_at: Callable[[KeyPath], Sequence[str]], owner: str
 ) -> Issue:
+    # a list of which no entry is valid is too short for pydantic; what is wrong with the entries says more
+    findings = [f for f in findings if not (f.error["type"] == "too_short" and f.error["input"])] or findings
     unknown = [finding.error for finding in findings if finding.kind == "unknown"]
     if unknown:
         return Issue(path, unknown_key(path[-1], keys_at(tuple(unknown[0]["loc"][:-1])), owner), at_key=True)

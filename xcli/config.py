@@ -256,6 +256,10 @@ def _class_index(
 
 def _content(path: Path) -> bytes:
     """The bytes of a config file. Raises ConfigError saying what else there is."""
+    if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
+        raise ConfigError(
+            f"{path} is an image; images are given by --input: xai explain CONFIG --input {path}"
+        )
     if path.is_dir():
         raise ConfigError(
             f"{path} is a folder; name one of its configs: {_configs_in(path) or 'it has none'}"

@@ -49,7 +49,9 @@ class Interrupted(XaiError):
     """A signal asked the run to stop; what was committed is kept, the same command goes on."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(f"interrupted by signal {signum}; progress is kept, run the same command to go on")
+        super().__init__(
+            f"interrupted by signal {signum}; finished parts are kept, run the same command to go on"
+        )
         self.exit_code = 128 + signum
 
 

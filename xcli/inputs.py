@@ -17,6 +17,7 @@ from xcli.errors import InputError
 
 Labels = Literal["none", "folder", "manifest"]
 SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"])
+_RUN = {"run.json", "inputs.jsonl"}
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 
 
@@ -60,10 +61,11 @@ def find_images(
     """The list of images that some inputs name, without opening one.
 
     Args:
-        paths: folders (recursive; hidden entries skipped, links to folders not followed), files of any suffix, globs
-            (``**`` is any depth), .txt (a path a line; empty lines and lines with # skipped), .csv or .tsv manifests
-            (path and perhaps label, with or without a header), or "-": a path a line on standard input. Listed paths
-            are relative to the current directory, else to the manifest; a missing one is listed and fails later.
+        paths: folders (recursive; hidden entries and the results of runs skipped, links to folders not followed),
+            files of any suffix, globs (``**`` is any depth), .txt (a path a line; empty lines and lines with #
+            skipped), .csv or .tsv manifests (path and perhaps label, with or without a header), or "-": a path a line
+            on standard input. Listed paths are relative to the current directory, else to the manifest; a missing one
+            is listed and fails later.
         labels: "folder": the name of the directory that holds the image; "manifest": its label column.
         stdin: read for "-"; None: standard input.
         limit: keep that many, after sorting.
@@ -168,7 +170,10 @@ def _walk(root: str, depth: int | None = None) -> Iterator[tuple[str, os.DirEntr
     waiting = [(root, "")]
     while waiting:
         folder, shown = waiting.pop()
-        with os.scandir(folder) as entries:
+        with os.scandir(folder) as found:
+            entries = list(found)
+            if {entry.name for entry in entries} >= _RUN:  # an output directory: its overlays are no input
+                continue
             for entry in entries:
                 if entry.name.startswith("."):
                     continue

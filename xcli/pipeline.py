@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -14,6 +14,9 @@ from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
+import yaml
 
 from xcli.batches import Result, explained
 from xcli.collect import PartBuilder, Pictures
@@ -25,16 +28,19 @@ from xcli.pictures import PictureWriter
 from xcli.plan import Plan, prepared
 from xcli.progress import Quiet, Reporter
 from xcli.provenance import recorded
+from xcli.record import load
 from xcli.results import open_run
 from xcli.signals import interruptible
 from xcli.store import State, Store, open_store, peek
 
 LOG = logging.getLogger(__name__)
+FAILURES = 20
+"""Failed images that a summary names; results.h5 has them all."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run ended with; ``exit_code`` is 3 where images failed."""
+    """What a run ended with; ``exit_code`` is 3 where images failed, ``failures`` names the first of them."""
 
     status: str
     output: str
@@ -46,6 +52,7 @@ class Summary:
     images_per_second: float
     flat: dict[str, int] = field(default_factory=dict)
     not_finite: dict[str, int] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
     exit_code: int = 0
 
     def as_json(self) -> dict[str, Any]:
@@ -73,6 +80,8 @@ def explain_folder(
     began = time.monotonic()
     root = Path(config.output.folder(date.today()))
     fingerprint = config.fingerprint()
+    if not fresh:
+        refuse_other_config(root, config, fingerprint)
     state = State("new", None) if fresh else peek(root, fingerprint, sources, update=update)
     if state.kind == "done":
         return summarised(root, "already done", began, 0)
@@ -80,7 +89,7 @@ def explain_folder(
         record, done = state.record, Done()
         if record is None:
             with prepared(config, sources) as plan:
-                record = recorded(plan, fingerprint)
+                record = recorded(plan, fingerprint, len(sources), shard[1])
                 store = undo.enter_context(open_store(root, record, sources, shard=shard, fresh=fresh))
                 if store.record == record:  # else another shard began the run just now
                     done = work(plan, store, progress)
@@ -104,6 +113,31 @@ class Done:
     failed: int = 0
 
 
+def refuse_other_config(root: Path, config: Config, fingerprint: str) -> None:
+    """Raise ``ConfigError`` naming the keys in which the run in ``root`` was made from another config."""
+    saved = load(root)
+    if saved is None or saved.record.fingerprint == fingerprint:
+        return
+    before, now = (flat(plain) for plain in (yaml.safe_load(saved.record.config), config.plain()))
+    changed = [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in dict.fromkeys([*before, *now])
+        if before.get(key) != now.get(key) and key not in ("output.path", "runtime.workers", "runtime.device")
+    ]
+    raise ConfigError(
+        f"{root} holds a run with another config ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}); "
+        "choose a new output.path, or replace that run with --fresh"
+    )
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested data by dotted key path."""
+    if isinstance(value, dict | list) and value:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for name, inner in pairs for key, leaf in flat(inner, f"{path}.{name}").items()}
+    return {path.removeprefix("."): value}
+
+
 def resumed(config: Config, store: Store, progress: Reporter) -> Done:
     """Go on with the choices that the run began with.
 
@@ -121,17 +155,20 @@ def resumed(config: Config, store: Store, progress: Reporter) -> Done:
 
 def work(plan: Plan, store: Store, progress: Reporter) -> Done:
     """Explain what is left to do of this shard, part by part."""
-    for line in announced(plan):
-        progress.say(line)
-    LOG.info("decided: %s", plan.resolved())
     inputs, todo = store.inputs, store.todo()
     own: int = sum(rows.stop - rows.start for _, rows in todo)
+    share = store.images_of_shard()
+    for line in (*announced(plan), *unlabelled(plan, inputs)):
+        progress.say(line)
+    if own < share:
+        progress.say(f"going on: {share - own} of {share} images are done")
+    LOG.info("decided: %s", plan.resolved())
     failed = 0
     workers = plan.config.runtime.workers
     threads = min(8, os.cpu_count() or 1) if workers == "auto" else workers
     with ExitStack() as undo:
         progress = undo.enter_context(progress)
-        progress.start(len(inputs), len(inputs) - own)
+        progress.start(share, share - own)
         pool = undo.enter_context(dropping(ThreadPoolExecutor(max(1, threads), thread_name_prefix="encode")))
         commits = undo.enter_context(Committer(store))
         writer = undo.enter_context(PictureWriter(max(1, threads)))
@@ -241,6 +278,16 @@ def announced(plan: Plan) -> Iterator[str]:
     for spec in plan.methods:
         layer = ", ".join(plan.layers_of(spec))
         yield f"{spec.label}: {spec.scale}" + (f" at {layer}" if layer else "")
+    if plan.model.weights == "none":
+        yield "beware: the weights are random; maps of an untrained network mean nothing"
+
+
+def unlabelled(plan: Plan, inputs: Sequence[Source]) -> Iterator[str]:
+    """A line where labels name no class of the model: such an image is neither right nor wrong, nor its own target."""
+    lost = Counter(source.label for source in inputs if source.label and plan.label(source) < 0)
+    if lost:
+        some = ", ".join(f"{label!r} ({count})" for label, count in lost.most_common(3))
+        yield f"beware: the labels of {lost.total()} of {len(inputs)} images are no class of the model: {some}"
 
 
 def pending(root: Path, began: float, done: Done) -> Summary:
@@ -263,18 +310,19 @@ def summarised(root: Path, status: str, began: float, done: int) -> Summary:
     """Counts of a finished run, read from results.h5."""
     seconds = time.monotonic() - began
     with open_run(root) as run:
-        failed = int((run.images["status"] != 0).sum())
+        bad = np.flatnonzero(run.images["status"])
         states = {name: run.status(name) for name in run.names}
         return Summary(
             status=status,
             output=str(root),
             results=str(root / "results.h5"),
             images=len(run.images["status"]),
-            failed=failed,
+            failed=len(bad),
             explanations=len(run.explanations["image"]),
             seconds=round(seconds, 3),
             images_per_second=round(done / max(seconds, 1e-9), 2),
             flat={name: int((state == FLAT).sum()) for name, state in states.items()},
             not_finite={name: int((state == NOT_FINITE).sum()) for name, state in states.items()},
-            exit_code=3 if failed and status != "already done" else 0,
+            failures={run.images["path"][row]: run.images["error"][row] for row in bad[:FAILURES]},
+            exit_code=3 if len(bad) and status != "already done" else 0,
         )

@@ -150,6 +150,9 @@ def prepared(
         preprocess = model.preprocess.with_size(size)
         x = noise(preprocess, size, device, dtype_of(config))
         count = logit_count(model, x)
+        if config.model.categories != "auto" and len(model.categories) != count:
+            text = f"the model gives {count} logits, but {len(model.categories)} names are listed"
+            raise config.error(("model", "categories"), text)
         last = known["channels_last"] if known else wants_channels_last(config, model, x)
         if last:
             undo.enter_context(tuning.channels_last(model.module))

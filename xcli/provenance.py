@@ -13,8 +13,12 @@ from xcli.plan import Plan
 from xcli.record import Record
 
 
-def recorded(plan: Plan, fingerprint: str) -> Record:
-    """What is written down at the start: the config, the choices made, and where the numbers come from."""
+def recorded(plan: Plan, fingerprint: str, images: int, shards: int) -> Record:
+    """What is written down at the start: the config, the choices made, and where the numbers come from.
+
+    Parts are short enough for each of the shards to get its share of the images.
+    """
+    share = -(-images // (shards * plan.batch_size)) * plan.batch_size
     output = plan.config.output
     attrs: dict[str, str | int | float] = {
         "model": f"{plan.model.source}:{plan.model.name}",
@@ -31,7 +35,13 @@ def recorded(plan: Plan, fingerprint: str) -> Record:
     resolved = {**plan.resolved(), "compression": output.compression, "layout": output.layout}
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Record(
-        fingerprint, plan.config.text(), attrs, resolved, plan.part_length, created, plan.model.categories
+        fingerprint,
+        plan.config.text(),
+        attrs,
+        resolved,
+        min(plan.part_length, share),
+        created,
+        plan.model.categories,
     )
 
 

@@ -165,6 +165,13 @@ class Store:
         plan = self.saved.plan()
         return [(n, plan[n]) for n in missing_parts(self.root, self.saved) if n % count == index - 1]
 
+    def images_of_shard(self) -> int:
+        """How many images are this shard's, done or not."""
+        index, count = self.shard
+        return sum(
+            rows.stop - rows.start for n, rows in enumerate(self.saved.plan()) if n % count == index - 1
+        )
+
     def commit(self, number: int, part: Part) -> None:
         """Make ``part`` final; on return it survives a kill and a power cut. Safe in threads, for different numbers.
 

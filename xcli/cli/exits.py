@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -24,6 +25,11 @@ def guarded(run: Callable[[], object]) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except XaiError as error:
         say_error(str(error))
+        if "--json" in sys.argv[1:]:
+            print(
+                json.dumps({"status": "error", "exit_code": error.exit_code, "message": str(error)}),
+                flush=True,
+            )
         return error.exit_code
     except KeyboardInterrupt:
         say_error("interrupted")

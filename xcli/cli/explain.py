@@ -41,7 +41,7 @@ def explain(
         bool, typer.Option("--dry-run", help="Check the config and count the images; run nothing.")
     ] = False,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but what failed.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
 ) -> None:
     """Explain every image of a folder.
@@ -87,8 +87,8 @@ def explain(
     )
     if as_json:
         print_json(summary.as_json())
-    elif not quiet:
-        for line in sentences(summary):
+    else:
+        for line in failures(summary) if quiet else sentences(summary):
             typer.echo(line, err=True)
     raise typer.Exit(summary.exit_code)
 
@@ -103,6 +103,16 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
+def failures(summary: Summary) -> list[str]:
+    """Which images failed and why: the first five."""
+    if not summary.failed:
+        return []
+    some = [f"  {path}: {reason}" for path, reason in list(summary.failures.items())[:5]]
+    more = f"  ... and {summary.failed - len(some)} more, in /images/error of results.h5"
+    what = "1 image failed:" if summary.failed == 1 else f"{summary.failed} images failed:"
+    return [what, *some, *([more] if summary.failed > len(some) else [])]
+
+
 def sentences(summary: Summary) -> list[str]:
     """The end of a run for a reader."""
     if summary.results is None:
@@ -115,8 +125,7 @@ def sentences(summary: Summary) -> list[str]:
         else ""
     )
     lines = [f"{summary.status}: {summary.explanations} explanations of {summary.images} images{rate}"]
-    if summary.failed:
-        lines.append(f"{summary.failed} images failed; why is in /images/error of results.h5")
+    lines += failures(summary)
     for what, counts in (("flat", summary.flat), ("not finite", summary.not_finite)):
         some = {name: count for name, count in counts.items() if count}
         if some:
