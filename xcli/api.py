@@ -82,18 +82,7 @@ def explain(
     >>> found.map.shape, found.target.tolist()
     (torch.Size([2, 16, 16]), [3, 5])
     """
-    if not isinstance(images, Tensor):
-        raise ConfigError(f"images: a float tensor (B, C, H, W); got {type(images).__name__}")
-    if score is not None and score not in get_args(Scale):
-        raise ConfigError(f"score: one of {', '.join(get_args(Scale))}; got {score!r}")
-    if isinstance(target, str):
-        raise ConfigError(f"target: a class index, or one for each image; got {target!r}")
-    if images.ndim != 4 or not images.is_floating_point() or not len(images):
-        raise ConfigError(f"images: float (B, C, H, W) with B > 0; got {images.dtype} {tuple(images.shape)}")
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise ModelError(
-            "the model was built under torch.inference_mode(), so it has no gradients; build it outside"
-        )
+    _refuse_mistakes(model, images, target, score)
     chosen = method if isinstance(method, Method) else build(method)
     compiled = getattr(model, "_orig_mod", None)  # hooks do not reach compiled code
     model = compiled if isinstance(compiled, nn.Module) else model
@@ -120,6 +109,22 @@ def explain(
             own.gather(1, index)[:, 0],
             probabilities(own).gather(1, index)[:, 0],
             found.extras,
+        )
+
+
+def _refuse_mistakes(model: nn.Module, images: Tensor, target: object, score: str | None) -> None:
+    """Say in words what would fail later in PyTorch's."""
+    if not isinstance(images, Tensor):
+        raise ConfigError(f"images: a float tensor (B, C, H, W); got {type(images).__name__}")
+    if score is not None and score not in get_args(Scale):
+        raise ConfigError(f"score: one of {', '.join(get_args(Scale))}; got {score!r}")
+    if isinstance(target, str):
+        raise ConfigError(f"target: a class index, or one for each image; got {target!r}")
+    if images.ndim != 4 or not images.is_floating_point() or not len(images):
+        raise ConfigError(f"images: float (B, C, H, W) with B > 0; got {images.dtype} {tuple(images.shape)}")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ModelError(
+            "the model was built under torch.inference_mode(), so it has no gradients; build it outside"
         )
 
 
