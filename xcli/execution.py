@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Execution:
         while start < total:
             size = min(self.micro_batch, total - start)
             pieces = [tensor[start : start + size] for tensor in batched]
-            done = self.attempt(lambda pieces=pieces: fn(*pieces))  # type: ignore[misc]
+            done = self.attempt(partial(fn, *pieces))
             if done is None:
                 self.halve(size)
             else:

@@ -257,9 +257,9 @@ class Score:
         return copy, start[copy] + within
 
     def _outputs(self, x: Tensor, image: Tensor) -> Any:
-        if self.prefix is None:
+        if (prefix := self.prefix) is None:
             return self.execution.run(self.module, x)
-        return self.execution.run(lambda acts: self.prefix(acts, image), x)  # type: ignore[misc]
+        return self.execution.run(lambda acts: prefix(acts, image), x)
 
 
 def taken(x: Copies, index: Tensor) -> Tensor:
