@@ -55,8 +55,8 @@ class Forward:
 
     def covers(self, x: Tensor, layers: Sequence[str], *, graph: bool) -> bool:
         """Whether this pass, still held, ran on ``x`` and kept what is asked."""
-        held = bool(self.acts) and x is self.x
-        return held and bool(layers) and set(layers) <= (self.leaves if graph else set(self.layers))
+        held = bool(self.acts) and x is self.x and (bool(layers) or not graph)
+        return held and set(layers) <= (self.leaves if graph else set(self.layers))
 
     def drop(self) -> None:
         """Let the kept graph go."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -56,7 +56,8 @@ class Score:
     keys: Sequence[str] = ()
     forward: Forward | None = None
     prefix: Replay | None = None
-    memo: dict[tuple[Any, ...], Gradients] = field(default_factory=dict, repr=False)
+    memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    scales: dict[Scale, Score] = field(default_factory=dict, repr=False)
 
     # ---- what is explained ------------------------------------------------------------------------------------
 
@@ -66,16 +67,18 @@ class Score:
         return self.rows.image
 
     def scaled(self, scale: Scale) -> Score:
-        """The same rows in another unit: logit, probability, log-probability or contrast."""
-        return replace(self, rows=self.rows.scaled(scale), memo={})
+        """The same rows in another unit: logit, probability, log-probability or contrast; one object a unit."""
+        if scale not in self.scales:
+            self.scales[scale] = replace(self, rows=self.rows.scaled(scale), memo={})
+        return self.scales[scale]
 
     def retarget(self, target: Tensor) -> Score:
         """The same images with other targets (N,)."""
-        return replace(self, rows=self.rows.retarget(target), memo={})
+        return replace(self, rows=self.rows.retarget(target), memo={}, scales={})
 
     def using(self, module: nn.Module) -> Score:
         """The same rows seen by another network of the same structure."""
-        return replace(self, module=module, forward=None, prefix=None, memo={})
+        return replace(self, module=module, forward=None, prefix=None, memo={}, scales={})
 
     def generator(self, row: int, tag: str) -> torch.Generator:
         """A fresh CPU generator for one row, seeded by (seed, its image's key, ``tag``): the batch, the order and
@@ -119,6 +122,30 @@ class Score:
             (values,) = self.execution.each(score, torch.arange(len(image)))
         return values.clone(), copy, row
 
+    def clean(self, x: Tensor) -> Tensor:
+        """The scores (N,) of the images ``x`` (B, C, H, W) themselves: from the pass that has already run, else from
+        one pass now; asked for again, they are at hand."""
+        known = self.memo.get("clean")
+        if known is None or known[0] is not x:
+            self.memo["clean"] = known = (x, self._clean(x))
+        values: Tensor = known[1]
+        return values
+
+    def _clean(self, x: Tensor) -> Tensor:
+        if self.forward is None or not self.forward.covers(x, (), graph=False):
+            return self.on(x, torch.arange(len(x)))[0]
+        bounds, parts = itertools.pairwise(self.forward.bounds), []
+        for outputs, (first, last) in zip(self.forward.outputs, bounds, strict=True):
+            parts.append(self.rows.values(outputs, *self._pairs(torch.arange(first, last))).detach())
+        return torch.cat(parts)
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, computed the first time that ``key`` is asked of this score: for what several metrics share."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        found: Tensor = self.memo[key]
+        return found
+
     def values(self, x: Tensor, row: Tensor) -> Tensor:
         """``at`` in one pass, without chunks, in whatever grad mode the caller is: a differentiable (M,)."""
         return self.rows.values(self._outputs(x, self.image[row]), torch.arange(len(row)), row)
@@ -142,7 +169,7 @@ class Score:
 
         Inputs of the new score are layer outputs (M, ...), for copies of the same B images. ``x`` is the batch.
         """
-        return replace(self, prefix=Replay(self.module, at.name, x), forward=None, memo={})
+        return replace(self, prefix=Replay(self.module, at.name, x), forward=None, memo={}, scales={})
 
     # ---- gradients --------------------------------------------------------------------------------------------
 

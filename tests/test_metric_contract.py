@@ -1,0 +1,44 @@
+"""Every registered metric keeps every promise."""
+
+from __future__ import annotations
+
+import metric_contract as contract
+import pytest
+
+from xcli.demo import nets
+from xcli.hooks import frozen
+from xcli.metrics.base import Metric
+from xcli.registry import metrics
+
+
+@pytest.fixture(scope="module")
+def network():
+    return nets.load("shapes-cnn").double().eval()
+
+
+def metric_of(name: str) -> Metric:
+    cls = metrics()[name]
+    return cls(**cls.small)
+
+
+@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
+@pytest.mark.parametrize("name", sorted(metrics()))
+def test_every_metric_keeps_every_promise(name, promise, network):
+    with frozen(network):
+        promise(metric_of(name), network, contract.scenes())
+
+
+@pytest.mark.parametrize("name", sorted(metrics()))
+def test_every_metric_says_what_it_is(name):
+    cls = metrics()[name]
+    low, high = cls.bounds
+    assert cls.direction in ("higher", "lower")
+    assert low is None or high is None or low < high
+    assert cls.source
+    assert cls.cost
+    assert cls.__doc__
+    assert set(cls.consumes) <= {"map", "x", "score", "truth", "method", "module", "models"}
+    for preset in cls.presets.values():
+        cls(**preset)
+    first = cls.__doc__.strip().split("\n\n")[0]
+    assert first.endswith("."), "the first paragraph is the claim"
