@@ -62,7 +62,7 @@ def metric(name: str) -> Callable[[_Class], _Class]:
 
     def enter(cls: _Class) -> _Class:
         cls.consumes = tuple(inspect.signature(cls.measure).parameters)[1:]  # type: ignore[attr-defined]
-        return _register(_METRICS, name)(cls)  # type: ignore[return-value, arg-type]
+        return _register(_METRICS, name)(cls)  # type: ignore[return-value]
 
     return enter
 

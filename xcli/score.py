@@ -271,7 +271,8 @@ class Score:
                     return None
                 parts.append(part)
             self.memo[names] = as_gradients(tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        return self.memo[names]
+        found: Gradients = self.memo[names]
+        return found
 
     # ---- which copy serves which row --------------------------------------------------------------------------
 
