@@ -16,10 +16,11 @@ from xcli import decode, registry, targets
 from xcli.complaints import InvalidConfigError
 from xcli.config import Config, load_config, resolve_targets
 from xcli.demo import nets
-from xcli.entries import method_specs
+from xcli.entries import METRICS, known_keys, method_specs
 from xcli.errors import ConfigError
 from xcli.methods.cam.gradient import GradCAM
 from xcli.modelsection import DemoModel
+from xcli.overrides import Changes
 from xcli.preprocess import Preprocess
 from xcli.sections import ImagesSection, TopTarget
 from xcli.yamlfile import read_yaml, write_inline
@@ -34,7 +35,7 @@ def load(tmp_path):
     def from_text(text: str, **options) -> Config:
         path = tmp_path / "my.yaml"
         path.write_text(text, encoding="utf-8")
-        return load_config(path, **options)
+        return load_config(path, Changes(**options))
 
     return from_text
 
@@ -117,16 +118,16 @@ METHODS = ", ".join(registry.methods())
 GRADCAM = "reduce, upsampling, layer, fusion, relu, as, preset, score"
 
 EXPECTED = f"""\
-my.yaml:1:46: model.wieghts: unknown key 'wieghts'; known here: source, name, weights, preprocess, categories, output, \
-args; did you mean 'weights'?
+my.yaml:1:46: model.wieghts: unknown key 'wieghts'; known here: source, name, weights, checkpoints, preprocess, categories, \
+output, args; did you mean 'weights'?
 my.yaml:4:11: images.labels: expected one of none, folder, manifest; got 'folders'; did you mean 'folder'?
 my.yaml:5:15: images.max_pixels: expected a whole number; got 1.5
 my.yaml:6:10: target[0]: expected one of predicted, label, {{class: ...}}, {{top: ...}}; got 'tabby'
 my.yaml:6:17: target[1].top: the key 'top' is missing
 my.yaml:6:18: target[1].tpo: unknown key 'tpo'; known here: top, above; did you mean 'top'?
 my.yaml:6:35: target[2].class: must not be empty
-my.yaml:7:1: metods: unknown key 'metods'; known here: model, images, target, score, metrics, gates, runtime, output, \
-methods; did you mean 'methods'?
+my.yaml:7:1: metods: unknown key 'metods'; known here: model, images, target, score, methods, metrics, baselines, gates, \
+against, runtime, output; did you mean 'methods'?
 my.yaml:9:12: methods[0].name: unknown method; there are {METHODS}; got 'gradcamm'; did you mean 'gradcam'?
 my.yaml:10:21: methods[1].layr: gradcam has no parameter 'layr'; known here: {GRADCAM}; did you mean 'layer'?
 my.yaml:10:41: methods[1].relu: expected true or false; got 1
@@ -185,13 +186,25 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file(probl
                 "got 'build'"
             ],
         ),
-        (DEMO + "metrics: [deletion]", ["my.yaml:3:10: metrics: not in this version; leave it out or empty"]),
-        (DEMO + "gates: ['road>=0.1']", ["my.yaml:3:8: gates: not in this version; leave it out or empty"]),
+        (
+            DEMO + "metrics: [{name: deletion, stops: 3}]",
+            [
+                "my.yaml:3:27: metrics[0].stops: deletion has no parameter 'stops'; known here: "
+                f"{', '.join(known_keys(registry.metrics()['deletion'], METRICS))}; did you mean 'steps'?"
+            ],
+        ),
+        (
+            DEMO + "metrics: [pointing-game, mege]",
+            [
+                "my.yaml:3:11: metrics[0]: pointing-game needs where the objects are; set images.truth",
+                "my.yaml:3:26: metrics[1]: mege needs further weights; set model.checkpoints",
+            ],
+        ),
         (
             DEMO + "metods:",
             [
-                "my.yaml:3:1: metods: unknown key 'metods'; known here: model, images, target, score, metrics, gates, "
-                "runtime, output, methods; did you mean 'methods'?"
+                "my.yaml:3:1: metods: unknown key 'metods'; known here: model, images, target, score, methods, metrics, "
+                "baselines, gates, against, runtime, output; did you mean 'methods'?"
             ],
         ),
         (DEMO + "engine: ray", ["my.yaml:3:1: engine: not in this version"]),
@@ -621,7 +634,7 @@ def test_any_text_gives_a_config_or_a_config_error(tmp_path_factory, text):
 @given(key=st.lists(words, min_size=1, max_size=4).map(".".join), value=soup)
 def test_any_override_gives_a_config_or_a_config_error(key, value):
     with suppress(ConfigError):
-        assert load_config(None, overrides=[f"{key}={value}"]).text()
+        assert load_config(None, Changes(overrides=[f"{key}={value}"])).text()
 
 
 @settings(max_examples=200, deadline=None)
@@ -631,7 +644,7 @@ def test_any_override_gives_a_config_or_a_config_error(key, value):
 )
 def test_any_plain_data_gives_a_config_that_reads_back_or_a_config_error(key, value):
     with suppress(ConfigError):
-        config = load_config(None, overrides=[f"{key}={write_inline(value)}"])
+        config = load_config(None, Changes(overrides=[f"{key}={write_inline(value)}"]))
         assert config.text()
 
 

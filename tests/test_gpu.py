@@ -14,6 +14,7 @@ import xcli
 from xcli.config import load_config
 from xcli.demo import nets
 from xcli.images import find_images
+from xcli.overrides import Changes
 from xcli.pipeline import explain_folder
 from xcli.registry import methods
 from xcli.tuning import exact
@@ -54,7 +55,10 @@ def test_running_out_of_gpu_memory_halves_the_micro_batch():
 
 def run(out: Path, device: str, *overrides: str) -> dict[str, np.ndarray]:
     config = load_config(
-        None, inputs=[str(SCENES)], output=str(out), device=device, overrides=["output.png=[]", *overrides]
+        None,
+        Changes(
+            inputs=[str(SCENES)], output=str(out), device=device, overrides=["output.png=[]", *overrides]
+        ),
     )
     explain_folder(config, find_images([str(SCENES)]))
     with xcli.open_run(out) as found:
@@ -77,7 +81,7 @@ def test_two_gpu_runs_are_equal_to_the_bit(tmp_path: Path):
 
 
 def test_pictures_are_made_on_the_gpu(tmp_path: Path):
-    config = load_config(None, inputs=[str(SCENES)], output=str(tmp_path / "run"), device="cuda")
+    config = load_config(None, Changes(inputs=[str(SCENES)], output=str(tmp_path / "run"), device="cuda"))
     summary = explain_folder(config, find_images([str(SCENES)]))
     panels = list((tmp_path / "run" / "panels").rglob("*.png"))
     assert len(panels) == summary.images == 24

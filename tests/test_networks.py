@@ -13,6 +13,7 @@ import xcli
 from xcli.config import load_config
 from xcli.errors import ConfigError, ModelError, XaiError
 from xcli.images import find_images
+from xcli.overrides import Changes
 from xcli.pipeline import Summary, explain_folder
 
 NETWORKS = Path(__file__).with_name("networks.py")
@@ -38,11 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, out: Path, network: str, *overrides: str, methods: str = "gradcam,eigencam") -> Summary:
     config = load_config(
         None,
-        inputs=[str(folder)],
+        Changes(inputs=[str(folder)],
         output=str(out),
         methods=methods,
         overrides=[f"model={{source: factory, name: '{NETWORKS}:{network}', weights: none}}", "target=predicted",
-                   "output.png=[]", "images.labels=folder", *overrides],
+                   "output.png=[]", "images.labels=folder", *overrides]),
     )  # fmt: skip
     return explain_folder(config, find_images(config.images.paths, labels="folder"))
 
@@ -66,14 +67,16 @@ def test_layers_in_parallel_branches_are_explained_together(folder: Path, tmp_pa
     ]
     config = load_config(
         None,
-        inputs=[str(folder)],
-        output=str(tmp_path / "run"),
-        overrides=[
-            f"model={{source: factory, name: '{NETWORKS}:branches'}}",
-            "target=predicted",
-            "output.png=[]",
-            *both,
-        ],
+        Changes(
+            inputs=[str(folder)],
+            output=str(tmp_path / "run"),
+            overrides=[
+                f"model={{source: factory, name: '{NETWORKS}:branches'}}",
+                "target=predicted",
+                "output.png=[]",
+                *both,
+            ],
+        ),
     )
     explain_folder(config, find_images(config.images.paths))
     found = maps(tmp_path / "run")
@@ -210,10 +213,12 @@ def test_every_shard_gets_its_share_of_few_images(folder: Path, tmp_path: Path):
 
     config = load_config(
         None,
-        inputs=[str(folder)],
-        output=str(tmp_path / "run"),
-        overrides=["output.png=[]", "target=predicted", "runtime.batch_size=1"],
-        methods="gradcam",
+        Changes(
+            inputs=[str(folder)],
+            output=str(tmp_path / "run"),
+            overrides=["output.png=[]", "target=predicted", "runtime.batch_size=1"],
+            methods="gradcam",
+        ),
     )
     sources = find_images(config.images.paths)
     assert [go(config, sources, shard=(index, 3)).status for index in (1, 2, 3)] == [
@@ -240,9 +245,9 @@ def test_a_label_that_is_no_class_is_said(folder: Path, tmp_path: Path):
             self.lines = (*self.lines, text)
 
     config = load_config(
-        None, inputs=[str(folder)], output=str(tmp_path / "run"), methods="gradcam",
+        None, Changes(inputs=[str(folder)], output=str(tmp_path / "run"), methods="gradcam",
         overrides=["output.png=[]", "images.labels=folder", "model.categories=[a, b, '1', d, e, f, g, h, i, j]",
-                   "images.only=wrong"],
+                   "images.only=wrong"]),
     )  # fmt: skip
     listening = Listening()
     explain_folder(config, find_images(config.images.paths, labels="folder"), progress=listening)

@@ -95,7 +95,7 @@ def test_it_is_json_and_says_what_it_is():
     assert json.loads(json.dumps(SCHEMA)) == SCHEMA
     assert SCHEMA["$schema"] == DIALECT
     assert SCHEMA["required"] == ["model", "images"]
-    assert set(SCHEMA["properties"]) == {*Sections.model_fields, "methods"}
+    assert set(SCHEMA["properties"]) == {*Sections.model_fields, "methods", "metrics"}
 
 
 def test_every_reference_leads_somewhere():
@@ -148,7 +148,9 @@ def test_shipped_configs_fit_short_and_written_out(path):
         "methods: [{name: gradcam, layr: x}]",
         "methods: [{name: gradcam, preset: nobody}]",
         "methods: []",
-        "metrics: [deletion]",
+        "metrics: [deletoin]",
+        "metrics: [{name: deletion, stops: 3}]",
+        "gates: road>=0.1",
         "runtime: {batch_size: 0}",
         "runtime: {fold: 1}",
         "images: {}",

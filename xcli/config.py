@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from xcli.complaints import InvalidConfigError, Issue, issues_of
-from xcli.crosschecks import across, worded
-from xcli.entries import MethodSpec, method_specs
+from xcli.crosschecks import across, gate_issues, unfed, worded
+from xcli.entries import MethodSpec, MetricSpec, method_specs, metric_specs
 from xcli.errors import ConfigError
 from xcli.modelsection import ModelSection
-from xcli.overrides import Draft, Origins, choose_methods, drafted, put, set_value
+from xcli.overrides import Changes, Draft, Origins, drafted
 from xcli.registry import nearest
 from xcli.sections import (
     ClassTarget,
@@ -49,6 +49,12 @@ output: {png: [overlay, panel]}
 """
 """What is explained where no config is named; the same as configs/quickstart.yaml."""
 
+EVALUATION = ("metrics", "baselines", "gates", "against", "images.truth", "model.checkpoints")
+"""Keys that only say how maps are scored: they may change over a run that is finished."""
+
+ANYWHERE = ("runtime.workers", "runtime.device", "output.path")
+"""Keys that change no number."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -56,7 +62,8 @@ class Config:
 
     Attributes:
         target: one entry a target; class names are looked up by ``resolve_targets``.
-        methods: built.
+        methods, metrics: built.
+        gates: checked, as they were written.
         origins: where each key came from, for errors that show later.
     """
 
@@ -65,8 +72,10 @@ class Config:
     target: tuple[TargetItem, ...]
     score: ScoreChoice
     methods: tuple[MethodSpec, ...]
-    metrics: tuple[str, ...]
+    metrics: tuple[MetricSpec, ...]
+    baselines: bool
     gates: tuple[str, ...]
+    against: str | None
     runtime: RuntimeSection
     output: OutputSection
     origins: Origins = field(default_factory=Origins, compare=False, repr=False)
@@ -78,28 +87,29 @@ class Config:
 
     def plain(self) -> dict[str, Any]:
         """The whole config as plain data, every key written out."""
-        sections = Sections.model_construct(
-            **{name: getattr(self, name) for name in Sections.model_fields if name != "methods"}
-        )
-        written = sections.model_dump(mode="json", by_alias=True)
+        fields = {name: getattr(self, name) for name in Sections.model_fields}
+        written = Sections.model_construct(**fields).model_dump(mode="json", by_alias=True)
         head = {key: written.pop(key) for key in ("model", "images", "target", "score")}
         if len(head["target"]) == 1:
             head["target"] = head["target"][0]
-        return {**head, "methods": [spec.plain() for spec in self.methods], **written}
+        lists = {key: [spec.plain() for spec in getattr(self, key)] for key in ("methods", "metrics")}
+        return {**head, **lists, **written}
 
     def text(self) -> str:
         """The whole config as YAML; it loads back as an equal one."""
         return write_yaml(self.plain())
 
     def fingerprint(self) -> str:
-        """SHA-256, hexadecimal, of everything that changes a number or a file; not of workers, device, output path."""
+        """SHA-256, hexadecimal, of everything that changes a map or a picture; not of what scores them
+        (``EVALUATION``), of workers, device, output path."""
         plain = self.plain()
-        for section, key in (("runtime", "workers"), ("runtime", "device"), ("output", "path")):
-            del plain[section][key]
+        for key in (*EVALUATION, *ANYWHERE):
+            section, _, name = key.rpartition(".")
+            (plain[section] if section else plain).pop(name, None)
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
-    def model_spec(self) -> ModelSpec:
-        """The model section as ``xcli.models`` wants it."""
+    def model_spec(self, checkpoint: str | None = None) -> ModelSpec:
+        """The model section as ``xcli.models`` wants it; with the weights of ``checkpoint`` where one is given."""
         from xcli.models import ModelSpec
         from xcli.preprocess import Preprocess
 
@@ -109,7 +119,7 @@ class Config:
         return ModelSpec(
             source=section.source,
             name=section.path if section.source == "exported" else section.name,
-            weights=weights,
+            weights=checkpoint or weights,
             preprocess="auto" if preprocess == "auto" else Preprocess(**preprocess.options()),
             categories=section.categories,
             output=section.output,
@@ -123,20 +133,15 @@ class Config:
 
 def load_config(
     path: Path | str | None,
+    changes: Changes | None = None,
     *,
-    overrides: Sequence[str] = (),
-    methods: str | None = None,
-    inputs: Sequence[str] = (),
-    output: str | None = None,
-    device: str | None = None,
+    metrics: Sequence[str] = (),
 ) -> Config:
     """Read a config, change it as the command line says, and check it.
 
     Args:
         path: the file; None stands for the built-in default.
-        overrides: ``--set``, each ``key=value``.
-        methods: ``--methods``, names separated by commas.
-        inputs, output, device: ``--input``, ``--output``, ``--device``; they replace what the config says.
+        metrics: those of a config that names none.
     Raises:
         ConfigError: the file cannot be read.
         InvalidConfigError: every problem of the config and of the options.
@@ -145,16 +150,35 @@ def load_config(
     content = DEFAULT if path is None else _content(Path(path))
     draft = drafted(read_yaml(content, file), file)
     draft.data.setdefault("methods", ["gradcam"])
-    for text in overrides:
-        set_value(draft, text)
-    if methods is not None:
-        choose_methods(draft, methods)
-    if inputs:
-        put(draft, "images.path", inputs[0] if len(inputs) == 1 else list(inputs), "--input")
-    for option, key, value in (("--output", "output.path", output), ("--device", "runtime.device", device)):
-        if value is not None:
-            put(draft, key, value, option)
+    _finish(draft, changes or Changes(), metrics)
     return checked(draft, DEFAULT_NAME if path is None else Path(path).stem)
+
+
+def _finish(draft: Draft, changes: Changes, metrics: Sequence[str]) -> None:
+    """Make the changes, and fill in the metrics where nobody names any."""
+    if metrics and not draft.data.get("metrics"):
+        draft.data["metrics"] = list(metrics)
+    changes.made(draft)
+
+
+def recorded_config(
+    text: str, file: str, changes: Changes | None = None, *, metrics: Sequence[str] = ()
+) -> Config:
+    """The config that a run wrote down, changed as the command line says; ``file`` names it in messages.
+
+    Raises:
+        InvalidConfigError: as ``load_config``; or something changes that the maps of the run depend on.
+    """
+    draft = drafted(read_yaml(text, file), file)
+    before = checked(drafted(read_yaml(text, file), file), "run")
+    _finish(draft, changes or Changes(), metrics)
+    config = checked(draft, "run")
+    if config.fingerprint() != before.fingerprint():
+        raise ConfigError(
+            f"--set changes what the maps of {file} depend on; only {', '.join(EVALUATION)} can change over a "
+            "finished run; explain again with another --output"
+        )
+    return config
 
 
 def checked(draft: Draft, name: str) -> Config:
@@ -163,28 +187,34 @@ def checked(draft: Draft, name: str) -> Config:
     Raises:
         InvalidConfigError: with everything that is wrong.
     """
-    empty = {key for key in (*Sections.model_fields, "methods") if draft.data.get(key, "") is None}
+    lists = ("methods", "metrics")
+    empty = {key for key in (*Sections.model_fields, *lists) if draft.data.get(key, "") is None}
     given = {
         key: value for key, value in draft.data.items() if key not in empty
     }  # an empty section is left out
-    data = {key: value for key, value in given.items() if key != "methods"}
+    data = {key: value for key, value in given.items() if key not in lists}
     where = data.get("output", {})
     if isinstance(where, dict) and "path" not in where:
         data["output"] = {"path": f"results/{name.replace('{', '').replace('}', '') or 'run'}", **where}
     score = data.get("score", "auto")
     specs, issues = method_specs(given.get("methods", ["gradcam"]), score)
-    issues += across(data)
+    metrics, more = metric_specs(given.get("metrics", []))
+    issues += [*more, *across(data)]
     target = data.get("target", "predicted")
     listed = {**data, "target": target if isinstance(target, list) else [target]}
     try:
         sections = Sections.model_validate_json(json.dumps(listed), strict=True)
     except ValidationError as error:
         issues += issues_of(error, data, keys_at)
+    else:
+        if not issues:
+            issues += gate_issues(sections.gates, sections.against, specs, metrics)
+            issues += unfed(metrics, sections)
     lines = draft.lines(worded(issue, data) for issue in issues)
     if lines:
         raise InvalidConfigError(lines)
     parts = {key: getattr(sections, key) for key in Sections.model_fields}
-    return Config(**parts, methods=specs, origins=draft.origins)
+    return Config(**parts, methods=specs, metrics=metrics, origins=draft.origins)
 
 
 def resolve_targets(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from xcli.complaints import Issue, near, shown
+from xcli.errors import ConfigError
 from xcli.yamlfile import KeyPath
+
+if TYPE_CHECKING:
+    from xcli.entries import MethodSpec, MetricSpec
+    from xcli.sections import Sections
 
 LATER_KEYS: frozenset[KeyPath] = frozenset({("engine",), ("runtime", "engine"), ("concepts",), ("report",)})
 """Keys of the design that this version does not have."""
@@ -43,6 +48,46 @@ def worded(issue: Issue, data: Mapping[str, Any]) -> Issue:
     if issue.path == ("model", "source") and source in LATER_SOURCES:
         return issue._replace(text=f"{source} is not in this version; {issue.text.partition('; got')[0]}")
     return issue
+
+
+def gate_issues(
+    gates: Sequence[str], against: str | None, methods: Sequence[MethodSpec], metrics: Sequence[MetricSpec]
+) -> list[Issue]:
+    """Gates that are not understood, or name what is not there."""
+    if not gates:
+        return []
+    from xcli.gates import parse, resolve
+
+    issues = []
+    for i, text in enumerate(gates):
+        try:
+            gate = parse(text)
+            resolve(gate, [spec.label for spec in methods], [spec.label for spec in metrics])
+            if gate.reference and against is None:
+                raise ConfigError(
+                    "which run is the reference? name it by --against RUN, or against: in the config"
+                )
+        except ConfigError as error:
+            issues.append(Issue(("gates", i), str(error)))
+    return issues
+
+
+def unfed(metrics: Sequence[MetricSpec], sections: Sections) -> list[Issue]:
+    """Metrics that consume what the config does not offer."""
+    needs: list[tuple[str, bool, str]] = [
+        ("truth", sections.images.truth is not None, "where the objects are; set images.truth"),
+        (
+            "models",
+            bool(getattr(sections.model, "checkpoints", ())),
+            "further weights; set model.checkpoints",
+        ),
+    ]
+    return [
+        Issue(("metrics", i), f"{spec.name} needs {what}")
+        for i, spec in enumerate(metrics)
+        for consumed, there, what in needs
+        if consumed in spec.metric.consumes and not there
+    ]
 
 
 def _labels_needed(data: Mapping[str, Any]) -> list[Issue]:

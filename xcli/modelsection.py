@@ -81,6 +81,10 @@ class _Named(_Sourced):
 
     name: str
     weights: Weights = None
+    checkpoints: tuple[Text, ...] = Field(
+        default=(),
+        description="further weight files of the same network, for metrics across models (mege, reco)",
+    )
 
 
 class _Common(Section):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from xcli.complaints import Issue, dotted, shown
 from xcli.errors import ConfigError
@@ -21,7 +21,7 @@ class Origins:
 
     Attributes:
         given: key path -> the option that set it, in the order given.
-        moved: entries of ``methods`` that ``--methods`` has chosen: path now -> path as the file and ``--set`` have it.
+        moved: entries that ``--methods`` or ``--metrics`` chose: path now -> path as the file and ``--set`` have it.
     """
 
     file: str = "config"
@@ -144,30 +144,30 @@ def set_value(draft: Draft, text: str) -> None:
         put(draft, key, document.data, option)
 
 
-def choose_methods(draft: Draft, text: str) -> None:
-    """Follow ``--methods a,b``: what the config lists under that result or method name stays as it is there, in the
-    order asked for; others are added with their defaults."""
+def choose(draft: Draft, key: Literal["methods", "metrics"], text: str) -> None:
+    """Follow ``--methods a,b`` or ``--metrics a,b``: what the config lists under that result or class name stays as it
+    is there, in the order asked for; others are added with their defaults."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        draft.refuse("--methods", "expected names separated by commas; see `xai methods`")
+        draft.refuse(f"--{key}", f"expected names separated by commas; see `xai {key}`")
         return
-    listed = draft.data.get("methods")
+    listed = draft.data.get(key)
     entries = listed if isinstance(listed, list) else []
     chosen: list[Any] = []
     for name in dict.fromkeys(names):
         matching = _matching(entries, name)
         for index in matching:
-            draft.origins.moved["methods", len(chosen)] = ("methods", index)
+            draft.origins.moved[key, len(chosen)] = (key, index)
             chosen.append(entries[index])
         if not matching:
-            draft.origins.moved["methods", len(chosen)] = ("methods", name)
-            draft.origins.given["methods", name] = "--methods"
+            draft.origins.moved[key, len(chosen)] = (key, name)
+            draft.origins.given[key, name] = f"--{key}"
             chosen.append(name)
-    draft.data["methods"] = chosen
+    draft.data[key] = chosen
 
 
 def _matching(entries: list[Any], name: str) -> list[int]:
-    """The entry with this result name, else every entry of this method."""
+    """The entry with this result name, else every entry of this method or metric."""
     heads = [entry if isinstance(entry, dict) else {"name": entry} for entry in entries]
     labelled = [i for i, head in enumerate(heads) if head.get("as", head.get("name")) == name]
     return labelled or [i for i, head in enumerate(heads) if head.get("name") == name]
@@ -187,11 +187,11 @@ def _step(here: Any, step: str, path: KeyPath) -> str | int:
 
 def _entered(here: Any, step: str | int, following: str, path: KeyPath) -> Any:
     """The list or mapping at ``step``, made where nothing is."""
-    new: Any = [] if following.isdecimal() and path == ("methods",) else {}
+    new: Any = [] if following.isdecimal() and path in (("methods",), ("metrics",)) else {}
     if isinstance(here, list) and step == len(here):
         here.append(new)
     inside = here.get(step) if isinstance(here, dict) else here[step]
-    if isinstance(inside, str) and len(path) == 2 and path[0] == "methods":
+    if isinstance(inside, str) and len(path) == 2 and path[0] in ("methods", "metrics"):
         inside = {"name": inside}
     if inside is None:
         inside = new
@@ -199,3 +199,56 @@ def _entered(here: Any, step: str | int, following: str, path: KeyPath) -> Any:
         raise ConfigError(f"{dotted(path)} is {shown(inside)}, which has no keys; set it whole")
     here[step] = inside
     return inside
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the command line changes in a config.
+
+    Attributes:
+        overrides: ``--set``, each ``key=value``.
+        methods, metrics: ``--methods`` and ``--metrics``, names separated by commas.
+        inputs, output, device, against: ``--input`` and so on; they replace what the config says.
+        gates: ``--gate``, added to those of the config.
+        baselines: ``--baselines``.
+    """
+
+    overrides: Sequence[str] = ()
+    methods: str | None = None
+    metrics: str | None = None
+    inputs: Sequence[str] = ()
+    output: str | None = None
+    device: str | None = None
+    gates: Sequence[str] = ()
+    against: str | None = None
+    baselines: bool | None = None
+
+    def made(self, draft: Draft) -> None:
+        """Change ``draft``."""
+        for text in self.overrides:
+            set_value(draft, text)
+        if self.methods is not None:
+            choose(draft, "methods", self.methods)
+        if self.metrics is not None:
+            choose(draft, "metrics", self.metrics)
+        if self.inputs:
+            put(
+                draft,
+                "images.path",
+                self.inputs[0] if len(self.inputs) == 1 else list(self.inputs),
+                "--input",
+            )
+        listed = draft.data.get("gates")
+        if self.gates and not isinstance(listed, list):
+            put(draft, "gates", [], "--gate")
+        for gate in self.gates:
+            put(draft, f"gates.{len(draft.data['gates'])}", gate, "--gate")
+        given = {
+            "output.path": ("--output", self.output),
+            "runtime.device": ("--device", self.device),
+            "against": ("--against", self.against),
+            "baselines": ("--baselines", self.baselines),
+        }
+        for key, (option, value) in given.items():
+            if value is not None:
+                put(draft, key, value, option)

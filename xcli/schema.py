@@ -5,17 +5,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from xcli import registry
-from xcli.entries import LABEL, PAPER, SCORES
+from xcli.entries import LABEL, METHODS, METRICS, PAPER, SCORES, Kind
 from xcli.sections import Sections
 from xcli.template import init_text as init_text
-
-if TYPE_CHECKING:
-    from xcli.methods.base import Method
 
 Schema = dict[str, Any]
 
@@ -27,29 +23,37 @@ def json_schema() -> Schema:
     schema = Sections.model_json_schema(by_alias=True, ref_template="#/$defs/{model}")
     _without_titles(schema)
     shared: Schema = schema["$defs"]
-    methods = registry.methods()
-    for name, cls in methods.items():
-        own = method_schema(cls)
-        shared.update(own.pop("$defs", {}))
-        shared[f"method-{name}"] = own
-    schema["properties"]["methods"] = {
-        "description": "how it is explained: names, or {name: ..., as: ..., preset: ..., score: ..., and its options}",
-        "type": "array",
-        "minItems": 1,
-        "items": {
-            "anyOf": [
-                {"enum": list(methods), "description": "a method with its defaults"},
-                *({"$ref": f"#/$defs/method-{name}"} for name in methods),
-            ]
-        },
-        "default": ["gradcam"],
-    }
+    for kind, doc in (
+        (
+            METHODS,
+            "how it is explained: names, or {name: ..., as: ..., preset: ..., score: ..., and its options}",
+        ),
+        (METRICS, "how the maps are scored: names, or {name: ..., as: ..., preset: ..., and its options}"),
+    ):
+        for name, cls in kind.table().items():
+            own = entry_schema(cls, kind)
+            shared.update(own.pop("$defs", {}))
+            shared[f"{kind.word}-{name}"] = own
+        schema["properties"][kind.key] = _listed(kind, doc)
+    schema["properties"]["methods"].update(minItems=1, default=["gradcam"])
     _nullable(schema)
     return {"$schema": DIALECT, "title": "Config of xai explain", **schema}
 
 
-def method_schema(cls: type[Method]) -> Schema:
-    """The JSON Schema of one entry of ``methods`` in its long form."""
+def _listed(kind: Kind, description: str) -> Schema:
+    """The schema of a whole list: names, or entries in the long form."""
+    names = list(kind.table())
+    short: Schema = {"enum": names, "description": f"a {kind.word} with its defaults"}
+    return {
+        "description": description,
+        "type": "array",
+        "items": {"anyOf": [short, *({"$ref": f"#/$defs/{kind.word}-{name}"} for name in names)]},
+        "default": [],
+    }
+
+
+def entry_schema(cls: type[Any], kind: Kind) -> Schema:
+    """The JSON Schema of one entry of ``methods`` or ``metrics`` in its long form."""
     own = TypeAdapter(cls).json_schema(ref_template="#/$defs/{model}")
     _without_titles(own)
     claim = " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
@@ -58,19 +62,20 @@ def method_schema(cls: type[Method]) -> Schema:
         "as": {
             "type": "string",
             "pattern": f"^{LABEL}$",
-            "description": "name of the result, where it is not the method's",
+            "description": f"name of the result, where it is not the {kind.word}'s",
         },
         "preset": {
             "enum": [PAPER, *cls.presets],
             "default": PAPER,
-            "description": "whose definition of the method; options that are given win over it",
+            "description": f"whose definition of the {kind.word}; options that are given win over it",
         },
-        "score": {
+    }
+    if "score" in kind.common:
+        head["score"] = {
             "enum": list(SCORES),
             "default": "auto",
             "description": f"the number explained; auto: {cls.scale}",
-        },
-    }
+        }
     return {
         "type": "object",
         "description": claim,

@@ -28,12 +28,6 @@ def _output_path(value: str) -> str:
     return value
 
 
-def _later(value: tuple[Any, ...]) -> tuple[Any, ...]:
-    if value:
-        raise ValueError("not in this version; leave it out or empty")
-    return value
-
-
 def _one_or_many(schema: dict[str, Any]) -> None:
     """In the JSON Schema of a list, take a single entry too."""
     many = {key: schema.pop(key) for key in ("type", "items", "minItems") if key in schema}
@@ -46,6 +40,22 @@ class BelowSection(Section):
     probability_below: Fraction = Field(description="only images whose highest probability is below this")
 
 
+class TruthSection(Section):
+    """Where the objects are, for metrics of localisation."""
+
+    path: Text = Field(
+        description="a folder of PNG masks or VOC XML files that mirrors the images, a COCO .json, or a .csv"
+    )
+    format: Literal["auto", "masks", "voc", "coco", "csv"] = Field(
+        default="auto", description="what lies there; auto: by its files"
+    )
+    values: Literal["class-plus-one", "class", "object"] = Field(
+        default="class-plus-one",
+        description="what a mask's pixel says: 1 + the class, the class (255: ignored), or not 0 on any object",
+    )
+    difficult: bool = Field(default=False, description="count objects that VOC marks as difficult")
+
+
 class ImagesSection(Section):
     """What is explained."""
 
@@ -54,6 +64,10 @@ class ImagesSection(Section):
     )
     labels: Literal["none", "folder", "manifest"] = Field(
         default="none", description="where the true classes come from"
+    )
+    truth: Text | TruthSection | None = Field(
+        default=None,
+        description="where the objects are: a folder of PNG masks or VOC XML, a COCO .json, a .csv, or its keys",
     )
     only: Literal["all", "wrong", "correct"] | BelowSection = Field(
         default="all",
@@ -74,6 +88,11 @@ class ImagesSection(Section):
     @property
     def paths(self) -> tuple[str, ...]:
         return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def truth_section(self) -> TruthSection | None:
+        """Where the objects are, all keys filled in."""
+        return TruthSection(path=self.truth) if isinstance(self.truth, str) else self.truth
 
     @property
     def background_rgb(self) -> tuple[int, int, int]:
@@ -186,11 +205,8 @@ class OutputSection(Section):
         return self.path.replace("{date}", today.isoformat())
 
 
-Later = Annotated[tuple[Any, ...], AfterValidator(_later)]
-
-
 class Sections(Section):
-    """A whole config but its methods, whose keys depend on the method."""
+    """A whole config but its methods and metrics, whose keys depend on which they are."""
 
     model: ModelSection = Field(description="the network")
     images: ImagesSection = Field(description="what is explained")
@@ -200,8 +216,11 @@ class Sections(Section):
         json_schema_extra=_one_or_many,
     )
     score: ScoreChoice = Field(default="auto", description="the number explained; auto: each method's own")
-    metrics: Later = Field(default=(), description="not in this version", json_schema_extra={"maxItems": 0})
-    gates: Later = Field(default=(), description="not in this version", json_schema_extra={"maxItems": 0})
+    baselines: bool = Field(default=False, description="score random, centre and sobel beside the methods")
+    gates: tuple[Text, ...] = Field(
+        default=(), description="what must hold, such as 'road>=0.05' or 'p10(gradcam.deletion)<=0.3'"
+    )
+    against: Text | None = Field(default=None, description="the run that 'reference' in a gate means")
     runtime: RuntimeSection = Field(default=RuntimeSection(), description="how it is computed")
     output: OutputSection = Field(default=OutputSection(), description="what is written, and where")
 
@@ -220,7 +239,9 @@ def keys_at(location: tuple[str | int, ...]) -> list[str]:
         elif fields:
             here = [section for found in fields for section in _sections_in(found.annotation)]
     known = [f.alias or name for section in here for name, f in section.model_fields.items()]
-    return list(dict.fromkeys([*known, "methods"] if here == [Sections] else known))
+    if here == [Sections]:
+        known[4:4] = ["methods", "metrics"]
+    return list(dict.fromkeys(known))
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:

@@ -105,9 +105,11 @@ def init_text(preset: str | None = None) -> str:
             lines += ["", f"{key}:  # {field.description}"]
             lines += _section(sections[key], chosen.values.get(key, {}), "  ")
         elif key == "target":
-            lines += ["", *_entry(key, field, chosen.target, ""), "", *_methods(chosen.methods)]
-        elif key == "score":
+            lines += ["", *_entry(key, field, chosen.target, "")]
+        else:
             lines += ["", *_entry(key, field, field.default, "")]
+        if key == "score":
+            lines += ["", *_methods(chosen.methods), "", *_metrics()]
     return "\n".join(lines) + "\n"
 
 
@@ -136,6 +138,13 @@ def _methods(names: tuple[str, ...]) -> list[str]:
     example = "{name: gradcam, as: deep, layer: layer4}"
     text = f"how it is explained: {known}. An entry with options: {example}; see `xai methods NAME`"
     return [*_comment(text, ""), "methods:", *(f"  - {name}" for name in names)]
+
+
+def _metrics() -> list[str]:
+    known = ", ".join(registry.metrics())
+    example = "{name: deletion, steps: 32, as: deletion-32}"
+    text = f"how the maps are scored: {known}. An entry with options: {example}; see `xai metrics NAME`"
+    return [*_comment(text, ""), "metrics: []"]
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -68,16 +68,19 @@ def run(kind: str, folder: str, out: str) -> dict[str, float]:
     from xcli import pipeline, tuning
     from xcli.config import load_config
     from xcli.images import find_images
+    from xcli.overrides import Changes
     from xcli.plan import prepared
     from xcli.progress import Quiet
 
     tuning.keep_freed_memory()
     config = load_config(
         None,
-        overrides=["target=predicted", f"output.png={KINDS[kind]}"],
-        methods="gradcam",
-        inputs=[folder],
-        output=out,
+        Changes(
+            overrides=["target=predicted", f"output.png={KINDS[kind]}"],
+            methods="gradcam",
+            inputs=[folder],
+            output=out,
+        ),
     )
     sources = find_images([folder])
 

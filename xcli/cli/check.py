@@ -22,8 +22,11 @@ def check(
     from xcli.checkup import checked_up
     from xcli.config import load_config
     from xcli.images import find_images
+    from xcli.overrides import Changes
 
-    loaded = load_config(config, overrides=set or (), methods=methods, inputs=input or (), device=device)
+    loaded = load_config(
+        config, Changes(overrides=set or (), methods=methods, inputs=input or (), device=device)
+    )
     report = checked_up(loaded, find_images(loaded.images.paths, labels=loaded.images.labels))
     if as_json:
         print_json(report.as_json())

@@ -53,6 +53,7 @@ def explain(
     from xcli.config import load_config
     from xcli.errors import ConfigError
     from xcli.images import find_images
+    from xcli.overrides import Changes
 
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s")
@@ -65,7 +66,8 @@ def explain(
     if engine != "local":
         raise ConfigError(f"--engine {engine}: not in this version; the only engine is local")
     loaded = load_config(
-        config, overrides=set or (), methods=methods, inputs=input or (), output=output, device=device
+        config,
+        Changes(overrides=set or (), methods=methods, inputs=input or (), output=output, device=device),
     )
     sources = find_images(loaded.images.paths, labels=loaded.images.labels, limit=limit)
     if dry_run:

@@ -20,9 +20,10 @@ def layers(
     Each with its output shape; the default target layer is marked with *.
     """
     from xcli.config import load_config
+    from xcli.overrides import Changes
     from xcli.plan import surveyed
 
-    found = surveyed(load_config(config, overrides=set or (), device=device))
+    found = surveyed(load_config(config, Changes(overrides=set or (), device=device)))
     if as_json:
         print_json(
             [
