@@ -6,7 +6,7 @@ before HDF5 writes a byte, because HDF5 does not survive a full disk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import cast
@@ -17,16 +17,9 @@ import numpy as np
 from xcli.allocated import Allocated
 from xcli.durable import failpoint, locked, publish, removed_on_error, shown, writing
 from xcli.errors import ConfigError
-from xcli.parts import (
-    SCHEMA,
-    STRING,
-    axis,
-    is_map,
-    printable,
-    write_attrs,
-)
+from xcli.parts import SCHEMA, STRING, is_map, printable, write_attrs
 from xcli.record import PARTS, RESULTS, Saved, load, part_numbers, part_path
-from xcli.survey import Layout, Survey, reading
+from xcli.survey import Layout, Piece, Survey, parts_of, reading
 
 LOCKS, RECORD_LOCK = "locks", "record.lock"
 
@@ -65,7 +58,11 @@ def settled(root: Path, saved: Saved) -> bool:
 # --- merging -------------------------------------------------------------------------------------------------
 
 
-def merge_run(root: str | Path, layout: Layout | None = None) -> Path:
+Finish = Callable[[h5py.File], None]
+"""Adds to results.h5, once all columns are in, what takes the whole run to compute; at most 100 kB."""
+
+
+def merge_run(root: str | Path, layout: Layout | None = None, finish: Finish | None = None) -> Path:
     """Join the parts of the run in ``root`` into its results.h5; doing it again changes nothing.
 
     Args:
@@ -86,7 +83,7 @@ def merge_run(root: str | Path, layout: Layout | None = None) -> Path:
             raise ConfigError(_unfinished(root, gaps))
         wanted = layout or cast(Layout, saved.record.resolved.get("layout", "merged"))
         if current_layout(root, saved) not in ("merged", wanted):
-            _build(root, saved, wanted)
+            build(root, saved, [parts_of(root, saved)], wanted, finish)
         if current_layout(root, saved) == "merged":
             drop_parts(root)
     return root / RESULTS
@@ -116,9 +113,12 @@ def drop_parts(root: Path) -> None:
     failpoint("remove-done")
 
 
-def _build(root: Path, saved: Saved, layout: Layout) -> None:
+def build(
+    root: Path, saved: Saved, layers: Sequence[Sequence[Piece]], layout: Layout, finish: Finish | None
+) -> None:
+    """Make results.h5 of the layers' columns and put it in its place; under the record lock."""
     failpoint("merge-start")
-    survey = Survey.of(root, saved)
+    survey = Survey.of(layers, saved)
     bound = survey.bound(layout, saved)
     tmp = root / f"{RESULTS}.tmp"
     with writing(root / RESULTS, needed=bound), removed_on_error(tmp), Allocated(tmp, bound) as space:
@@ -126,8 +126,10 @@ def _build(root: Path, saved: Saved, layout: Layout) -> None:
         try:
             with h5py.File(space, "w") as out:
                 _write_head(out, saved, layout)
-                survey.create_in(out, layout)
-                _fill(out, root, survey, layout, space)
+                survey.create_in(out, layout, root)
+                _fill(out, survey, layout, space)
+                if finish is not None:
+                    finish(out)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             # after a write that failed HDF5 stumbles over what is not there; ``finish`` then names the cause
             if space.error is None and isinstance(error, OSError):
@@ -149,18 +151,15 @@ def _write_head(out: h5py.File, saved: Saved, layout: Layout) -> None:
     out.create_dataset("categories", shape=names.shape, data=names, dtype=STRING)
 
 
-def _fill(out: h5py.File, root: Path, survey: Survey, layout: Layout, space: Allocated) -> None:
-    """Copy the columns of every part to their rows."""
-    offsets = {"images": 0, "rows": 0, "shared": 0}
-    for number, size in enumerate(survey.sizes):
-        with reading(part_path(root, number)) as file:
-            for key in survey.columns:
-                if key in file and not (layout == "parts" and is_map(key)):
-                    _copy(file[key], out[key], offsets[axis(key)])
+def _fill(out: h5py.File, survey: Survey, layout: Layout, space: Allocated) -> None:
+    """Copy the columns of every piece to their rows."""
+    for place in survey.places:
+        with reading(place.piece.path) as file:
+            for key, plan in survey.columns.items():
+                if plan.holds(place) and not (layout == "parts" and is_map(key)):
+                    _copy(file[key], out[key], place.start(key))
                     space.check()
                     failpoint("merge-dataset")
-        offsets["images"] += size.images
-        offsets["rows"] += size.rows
 
 
 def _copy(source: h5py.Dataset, target: h5py.Dataset, offset: int) -> None:

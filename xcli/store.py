@@ -32,6 +32,7 @@ from xcli.inputs import Source as Input
 from xcli.merge import (
     LOCKS,
     RECORD_LOCK,
+    Finish,
     current_layout,
     drop_parts,
     merge_run,
@@ -199,9 +200,9 @@ class Store:
         """Whether all parts of all shards are there, or merged already."""
         return not missing_parts(self.root, self.saved)
 
-    def merge(self, layout: Layout | None = None) -> Path:
+    def merge(self, layout: Layout | None = None, finish: Finish | None = None) -> Path:
         """Join all parts into results.h5 (see ``merge_run``); waits where another shard is doing it."""
-        return merge_run(self.root, layout)
+        return merge_run(self.root, layout, finish)
 
 
 # --- what the run is -----------------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
-"""All parts of a run read once, without their maps: what results.h5 will look like and how large it can get."""
+"""All files that make up a run read once, without their maps: what results.h5 will look like, how large it can get.
+
+Files come in layers. Each layer covers all images, in order, cut into pieces: the parts of a run; or an older
+results.h5, and beside it the parts of an evaluation. A column is taken from the one layer that has it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,82 +18,138 @@ import numpy as np
 from xcli.durable import shown
 from xcli.errors import ConfigError
 from xcli.parts import Compression, axis, compression_of, create, is_map, printable
-from xcli.record import PARTS, Saved, part_path
+from xcli.record import Saved, part_path
 
 Layout = Literal["merged", "parts"]
-_FILLED = ("metrics/", "curves/")  # an update leaves these empty for its new rows until evaluated
 
 
-class Size(NamedTuple):
-    """What a part holds."""
+class Piece(NamedTuple):
+    """A file with the results of some of the images, and which of its datasets count."""
 
+    path: Path
+    images: slice  # of the run's list
+    keeps: Callable[[str], bool]
+
+
+class Place(NamedTuple):
+    """Where a piece's images and rows begin in results.h5, and how many it holds."""
+
+    piece: Piece
+    image: int
+    row: int
     images: int
     rows: int
+
+    def start(self, key: str) -> int:
+        """Where the entries of the dataset ``key`` begin."""
+        return {"images": self.image, "rows": self.row, "shared": 0}[axis(key)]
 
 
 @dataclass
 class ColumnPlan:
-    """A dataset of results.h5, as the parts have it; ``parts`` names those that do, with their rows."""
+    """A dataset of results.h5, as the pieces have it; ``places`` are those that do, with its length there."""
 
     tail: tuple[int, ...]
     dtype: np.dtype[Any]
     compression: Compression
     attrs: dict[str, Any]
-    parts: dict[int, int] = field(default_factory=dict)
+    places: list[tuple[Place, int]] = field(default_factory=list)
     stored: int = 0  # bytes, an upper bound
+    held: set[int] = field(default_factory=set)  # identities of ``places``
+
+    def add(self, place: Place, rows: int) -> None:
+        """Note that the piece at ``place`` has this column."""
+        self.places.append((place, rows))
+        self.held.add(id(place))
+
+    def holds(self, place: Place) -> bool:
+        """Whether the piece at ``place`` has this column."""
+        return id(place) in self.held
+
+
+def parts_of(root: Path, saved: Saved) -> list[Piece]:
+    """The parts of a run, as one layer."""
+    return [Piece(part_path(root, n), rows, lambda _key: True) for n, rows in enumerate(saved.plan())]
+
+
+def is_score(key: str) -> bool:
+    """Whether the dataset ``key`` belongs to a metric: an update leaves it empty for its new rows until evaluated."""
+    return key.startswith(("metrics/", "curves/"))
 
 
 @dataclass
 class Survey:
-    """All parts of a run read once, without their maps: what results.h5 will look like."""
+    """All files of a run read once, without their maps: what results.h5 will look like."""
 
-    sizes: list[Size] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     columns: dict[str, ColumnPlan] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, root: Path, saved: Saved) -> Survey:
-        """Read the parts of ``saved``. Raises ``ConfigError`` where one is damaged or does not belong to it."""
+    def of(cls, layers: Sequence[Sequence[Piece]], saved: Saved) -> Survey:
+        """Read the pieces of every layer. Raises ``ConfigError`` where one is damaged or does not belong to the run."""
         survey = cls()
-        for number, rows in enumerate(saved.plan()):
-            path = part_path(root, number)
-            with reading(path) as file:
-                paths = printable(item.path for item in saved.inputs[rows])
-                if (
-                    file.attrs.get("fingerprint") != saved.record.fingerprint
-                    or texts(file["images/path"]) != paths
-                ):
-                    raise _foreign(path)
-                survey._add(path, number, file)
-        survey._check(root)
+        for layer in layers:
+            row = 0
+            for piece in layer:
+                row += survey._read(piece, row, saved)
+            survey._check(layer)
         return survey
 
-    def _add(self, path: Path, number: int, file: h5py.File) -> None:
-        self.sizes.append(Size(len(file["images/path"]), len(file["explanations/image"])))
-        for key, dataset in datasets(file):
-            seen = ColumnPlan(dataset.shape[1:], dataset.dtype, compression_of(dataset), dict(dataset.attrs))
-            plan = self.columns.setdefault(key, seen)
-            if (plan.tail, plan.dtype, plan.compression) != (seen.tail, seen.dtype, seen.compression):
-                raise ConfigError(
-                    f"{shown(path)}: {key} is {seen.dtype} {seen.tail}, elsewhere in the run it is {plan.dtype} "
-                    f"{plan.tail}; remove this part and run the same command again"
-                )
-            plan.parts[number] = len(dataset)
-            plan.stored += _stored(key, dataset)
+    def _read(self, piece: Piece, row: int, saved: Saved) -> int:
+        """Take a piece in and return how many rows it has."""
+        with reading(piece.path) as file:
+            paths = printable(item.path for item in saved.inputs[piece.images])
+            if (
+                file.attrs.get("fingerprint") != saved.record.fingerprint
+                or texts(file["images/path"]) != paths
+            ):
+                raise _foreign(piece.path)
+            rows = len(file["explanations/image"])
+            place = Place(piece, piece.images.start, row, len(paths), rows)
+            self.places.append(place)
+            for key, dataset in datasets(file):
+                if piece.keeps(key):
+                    self._add(place, key, dataset)
+        return rows
 
-    def _check(self, root: Path) -> None:
+    def _add(self, place: Place, key: str, dataset: h5py.Dataset) -> None:
+        seen = ColumnPlan(dataset.shape[1:], dataset.dtype, compression_of(dataset), dict(dataset.attrs))
+        plan = self.columns.setdefault(key, seen)
+        if (plan.tail, plan.dtype, plan.compression) != (seen.tail, seen.dtype, seen.compression):
+            raise ConfigError(
+                f"{shown(place.piece.path)}: {key} is {seen.dtype} {seen.tail}, elsewhere in the run it is "
+                f"{plan.dtype} {plan.tail}; remove this part and run the same command again"
+            )
+        plan.attrs["complete"] = bool(plan.attrs.get("complete", True) and seen.attrs.get("complete", True))
+        plan.add(place, len(dataset))
+        plan.stored += _stored(key, dataset)
+
+    def _check(self, layer: Sequence[Piece]) -> None:
+        """Every column that the layer has must be in all of its pieces; those of metrics may have gaps."""
+        mine = self.places[-len(layer) :]
         for key, plan in self.columns.items():
-            gaps = [number for number in range(len(self.sizes)) if number not in plan.parts]
-            if gaps and not key.startswith(_FILLED):
+            gaps = [place for place in mine if not plan.holds(place)]
+            if len(gaps) == len(mine):
+                continue
+            if is_score(key):
+                plan.attrs["complete"] &= not any(place.rows for place in gaps)
+            elif gaps:
                 raise ConfigError(
-                    f"{shown(part_path(root, gaps[0]))} lacks {key}; remove this part and run the same command again"
+                    f"{shown(gaps[0].piece.path)} lacks {key}; remove this part and run the same command again"
                 )
 
     def total(self, key: str) -> int:
         """The length of the dataset ``key`` in results.h5."""
         kind = axis(key)
         if kind == "shared":
-            return next(iter(self.columns[key].parts.values()))
-        return sum(size.images if kind == "images" else size.rows for size in self.sizes)
+            return self.columns[key].places[0][1]
+        return max(
+            (
+                place.image + place.images if kind == "images" else place.row + place.rows
+                for place in self.places
+            ),
+            default=0,
+        )
 
     def bound(self, layout: Layout, saved: Saved) -> int:
         """Bytes that results.h5 surely fits in."""
@@ -102,33 +162,33 @@ class Survey:
         for key, plan in self.columns.items():
             virtual = layout == "parts" and is_map(key)
             columns += 8_192 + sum(_text_bound(str(value)) for value in plan.attrs.values())
-            columns += 512 * len(self.sizes) if virtual else plan.stored
-            if key.startswith(_FILLED):
+            columns += 512 * len(plan.places) if virtual else plan.stored
+            if is_score(key):
                 columns += self.total(key) * plan.dtype.itemsize * int(np.prod(plan.tail, dtype=int))
-        return 131_072 + head + columns
+        return 262_144 + head + columns
 
-    def create_in(self, out: h5py.File, layout: Layout) -> None:
+    def create_in(self, out: h5py.File, layout: Layout, root: Path) -> None:
         """Create every dataset, empty; with the layout ``parts`` the maps point into the parts."""
         for key, plan in self.columns.items():
             shape = (self.total(key), *plan.tail)
             if layout == "parts" and is_map(key) and shape[0]:
                 dataset = out.create_virtual_dataset(
-                    key, self._virtual(key, shape), fillvalue=_empty(plan.dtype)
+                    key, self._virtual(key, shape, root), fillvalue=_empty(plan.dtype)
                 )
             else:
-                fill = np.nan if key.startswith(_FILLED) and plan.dtype.kind == "f" else None
+                fill = np.nan if is_score(key) and plan.dtype.kind == "f" else None
                 dataset = create(out, key, shape, plan.dtype, plan.compression, fill)
             for name, value in plan.attrs.items():
-                dataset.attrs[name] = value
+                if name != "complete" or is_score(key):
+                    dataset.attrs[name] = value
 
-    def _virtual(self, key: str, shape: tuple[int, ...]) -> h5py.VirtualLayout:
-        plan, offset = self.columns[key], 0
+    def _virtual(self, key: str, shape: tuple[int, ...], root: Path) -> h5py.VirtualLayout:
+        plan = self.columns[key]
         layout = h5py.VirtualLayout(shape, plan.dtype)
-        for number, rows in plan.parts.items():
+        for place, rows in plan.places:
             if rows:
-                source = h5py.VirtualSource(f"{PARTS}/{number:05d}.h5", key, (rows, *plan.tail))
-                layout[offset : offset + rows] = source
-            offset += rows
+                source = h5py.VirtualSource(str(place.piece.path.relative_to(root)), key, (rows, *plan.tail))
+                layout[place.row : place.row + rows] = source
         return layout
 
 
