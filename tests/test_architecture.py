@@ -19,8 +19,8 @@ PACKAGE = Path(xcli.__path__[0])
 ROOT = Path(__file__).parents[1]
 LONGEST = 350
 
-FAMILIES = "methods/*"
-"""Every file of a method family; a new one needs no entry."""
+FAMILIES, METRICS = "methods/*", "metrics/*"
+"""Every file of a family; a new one needs no entry."""
 
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
@@ -31,9 +31,16 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("factory", "weights", "sources", "models"),
     ("grids", "trace", "layers"),
     ("targets", "replay", "score"),
+    ("multigrid", "imputation", "baselines"),
     ("methods/__init__", "methods/base"),
     ("methods/cam/__init__", "methods/cam/base"),
     (FAMILIES,),
+    ("metrics/__init__", "metrics/base", "metrics/order", "metrics/correlation"),
+    ("metrics/faithfulness/__init__", "metrics/curves", "metrics/similarity"),
+    (METRICS,),
+    ("readers/__init__", "readers/grid", "readers/matching"),
+    ("readers/coco", "readers/masks", "readers/table", "readers/voc", "annotations"),
+    ("intervals", "gates"),
     (
         "modelsection",
         "sections",
@@ -46,10 +53,12 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "schema",
     ),
     ("render", "panels", "pictures"),
-    ("durable", "parts", "record", "survey", "allocated", "merge", "store", "results"),
+    ("durable", "parts", "record", "survey", "allocated", "merge", "store", "results", "summaries"),
+    ("scoretable", "scoretext", "leaderboard", "plots"),
     (
         "tuning",
         "choices",
+        "scoring",
         "plan",
         "batches",
         "collect",
@@ -59,11 +68,21 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "pipeline",
         "checkup",
     ),
+    ("evaluation", "scorecard"),
     ("api",),
     ("demo/drawing", "demo/scenes", "demo/train", "demo/localise"),
     (
         *("cli/__init__", "cli/exits", "cli/options"),
-        *("cli/check", "cli/explain", "cli/init", "cli/layers", "cli/merge", "cli/methods", "cli/schema"),
+        *(
+            "cli/check",
+            "cli/compare",
+            "cli/describe",
+            "cli/evaluate",
+            "cli/explain",
+            "cli/init",
+            "cli/layers",
+        ),
+        *("cli/merge", "cli/methods", "cli/metrics", "cli/schema"),
         "__main__",
     ),
 )
@@ -80,7 +99,8 @@ def files() -> list[str]:
 
 def height(name: str) -> int:
     """The room of a file, counted from the top."""
-    return PLACED[FAMILIES if name not in PLACED and name.startswith("methods/") else name]
+    family = {"methods": FAMILIES, "metrics": METRICS}.get(name.split("/")[0], name)
+    return PLACED[name if name in PLACED else family]
 
 
 @cache
@@ -135,7 +155,8 @@ def home(parts: list[str]) -> str:
 
 def test_every_file_has_its_place_and_every_place_its_file():
     assert len(PLACED) == sum(len(room) for room in ROOMS), "a file is in two rooms"
-    assert set(PLACED) - {FAMILIES} == {name for name in files() if height(name) != PLACED[FAMILIES]}
+    families = {PLACED[FAMILIES], PLACED[METRICS]}
+    assert set(PLACED) - {FAMILIES, METRICS} == {name for name in files() if height(name) not in families}
 
 
 @pytest.mark.parametrize("name", files())
@@ -146,7 +167,7 @@ def test_a_file_imports_only_from_its_own_room_or_from_rooms_above(name: str):
 
 def test_imports_are_seen_wherever_they_are():
     """So that the test above can tell."""
-    assert {"errors", "config", "pipeline", "tuning", "progress", "images"} <= imports(
+    assert {"errors", "config", "scorecard", "tuning", "progress", "images"} <= imports(
         "cli/explain"
     )  # in a function
     assert "cli/__init__" in imports("cli/explain")
@@ -155,9 +176,10 @@ def test_imports_are_seen_wherever_they_are():
     assert "demo/nets" in imports("sources")
 
 
-@pytest.mark.parametrize("name", [name for name in files() if name.startswith("methods/")])
-def test_methods_know_nothing_of_files_and_runs(name: str):
-    forbidden = {n for room in ROOMS for n in room if n != FAMILIES and height(n) > PLACED[FAMILIES]}
+@pytest.mark.parametrize("name", [name for name in files() if name.startswith(("methods/", "metrics/"))])
+def test_methods_and_metrics_know_nothing_of_files_and_runs(name: str):
+    lowest = PLACED[FAMILIES if name.startswith("methods/") else METRICS]
+    forbidden = {n for n, place in PLACED.items() if place > lowest}
     forbidden |= {"images", "inputs", "decode", "models", "sources", "weights", "factory"}
     forbidden |= {"hooks", "execution", "forward"}  # the model is reached through a Score
     assert {"pipeline", "store", "plan", "config"} <= forbidden

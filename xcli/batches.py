@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,13 +11,14 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from xcli.errors import MemoryExhausted
 from xcli.execution import out_of_memory
-from xcli.forward import Forward
 from xcli.images import Batch, Source
 from xcli.methods.base import FAILED, map_status, reduced, resized
 from xcli.models import find_logits
 from xcli.plan import Plan
 from xcli.preprocess import Geometry
 from xcli.render import colour_table, levels, normalise, overlay
+from xcli.score import Score
+from xcli.scoring import measured, truth_of
 from xcli.targets import ClassRows, probabilities, resolve
 
 
@@ -55,13 +56,19 @@ class Result:
 
 
 def explained(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Iterator[Result]:
-    """Every method on every row of a batch. Where memory does not suffice even for one input at once, the batch is
-    taken in halves, down to single images, so that only those that really do not fit fail."""
-    batch = labelled(plan, batch, sources)
+    """Every method on every row of a batch."""
+    return in_halves(
+        plan, labelled(plan, batch, sources), lambda part: sent(plan, together(plan, part, sources))
+    )
+
+
+def in_halves(plan: Plan, batch: Batch, work: Callable[[Batch], Result]) -> Iterator[Result]:
+    """``work`` on a batch. Where memory does not suffice even for one input at once, the batch is taken in halves, down
+    to single images, so that only those that really do not fit fail."""
     reason = ""
     if batch.rows:
         try:
-            yield sent(plan, together(plan, batch, sources))
+            yield work(batch)
             return
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -77,27 +84,19 @@ def explained(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Iterator[R
     plan.execution.micro_batch = middle
     for part, failed in ((slice(0, middle), batch.failed), (slice(middle, None), [])):
         half = Batch(batch.rows[part], batch.pixels[part], batch.geometry[part], failed)
-        yield from explained(plan, half, sources)
+        yield from in_halves(plan, half, work)
 
 
 def labelled(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Batch:
     """The batch, without the images that would get no row for want of a label; these failed."""
     if set(plan.config.target) != {"label"}:
         return batch
-    keep = [place for place, row in enumerate(batch.rows) if plan.label(sources[row]) >= 0]
-    if len(keep) == len(batch.rows):
-        return batch
     lost = [row for row in batch.rows if plan.label(sources[row]) < 0]
     reasons = [
         f"label {sources[row].label!r} is no class of the model" if sources[row].label else "no label"
         for row in lost
     ]
-    return Batch(
-        [batch.rows[place] for place in keep],
-        batch.pixels[keep],
-        [batch.geometry[place] for place in keep],
-        [*batch.failed, *zip(lost, reasons, strict=True)],
-    )
+    return batch.without(list(zip(lost, reasons, strict=True)))
 
 
 def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
@@ -118,8 +117,13 @@ def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
         "explanations/probability": probabilities(own).gather(1, index)[:, 0],
     }
     if len(rows.image):
-        add_maps(plan, result, forward, rows, [sources[row].path for row in batch.rows], x)
+        score = plan.score(forward, rows, [sources[row].path for row in batch.rows])
+        add_maps(plan, result, score, x)
         add_pictures(plan, result, pixels)
+        if plan.scoring.pairs:
+            forward.settle()  # the graph has done its work
+            truth = truth_of(plan, score, [sources[row] for row in batch.rows], batch.geometry)
+            result.columns |= measured(plan, score, x, result.maps, truth)
     return result
 
 
@@ -139,23 +143,19 @@ def selected(rows: ClassRows, plan: Plan, logits: Tensor, labels: Tensor) -> Cla
     return ClassRows(rows.image[mine], rows.target[mine.to(rows.target.device)], rows.output)
 
 
-def add_maps(
-    plan: Plan, result: Result, forward: Forward, rows: ClassRows, keys: Sequence[str], x: Tensor
-) -> None:
+def add_maps(plan: Plan, result: Result, score: Score, x: Tensor) -> None:
     """Run the methods; those that explain the same unit share their passes."""
-    score = plan.score(forward, rows, keys)
-    scores = {scale: score.scaled(scale) for scale in dict.fromkeys(spec.scale for spec in plan.methods)}
     stored = None if plan.config.output.heatmap.size == "native" else plan.size
     dtype = torch.float16 if plan.config.output.heatmap.dtype == "float16" else torch.float32
     for spec in plan.methods:
         try:
-            found = spec.method.explain(scores[spec.scale], x, stored)
+            found = spec.method.explain(score.scaled(spec.scale), x, stored)
             maps, status = found.map.detach().to(dtype), map_status(found.map.detach().to(dtype))
             extras = found.extras
         except LinAlgError:  # a decomposition that did not converge: the rows of this method failed
-            maps = x.new_full((len(rows.image), *plan.shapes[spec.label]), torch.nan, dtype=dtype)
-            status = torch.full((len(rows.image),), FAILED, dtype=torch.uint8)
-            extras = {name: x.new_full((len(rows.image),), torch.nan) for name in plan.extras[spec.label]}
+            maps = x.new_full((len(score.image), *plan.shapes[spec.label]), torch.nan, dtype=dtype)
+            status = torch.full((len(score.image),), FAILED, dtype=torch.uint8)
+            extras = {name: x.new_full((len(score.image),), torch.nan) for name in plan.extras[spec.label]}
         result.maps[spec.label] = maps
         result.columns[f"status/{spec.label}"] = status
         for name, values in extras.items():

@@ -13,7 +13,7 @@ from torch import nn
 from xcli.choices import logit_count, noise
 from xcli.config import Config
 from xcli.images import BadImage, Source, read_image
-from xcli.plan import Plan, dtype_of, explanations, prepared
+from xcli.plan import Plan, dtype_of, explanations, practice, prepared
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:
     for spec in plan.methods:
         alone = replace(plan, methods=(spec,))
         began = time.perf_counter()
-        ((_, found),) = explanations(alone, x)
+        ((_, found),) = explanations(alone, practice(alone, x), x)
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
         seconds = time.perf_counter() - began
@@ -149,7 +149,7 @@ def traps(plan: Plan, x: torch.Tensor, readable: bool) -> Iterator[str]:
         yield f"the model gives {count} logits but {names} class names are known: targets may be named wrongly"
     if plan.config.model.preprocess == "auto" and plan.model.source in ("factory", "exported"):
         yield "the preprocessing is a guess of the factory's; set model.preprocess to what the model was trained with"
-    for label, found in explanations(plan, x):
+    for label, found in explanations(plan, practice(plan, x), x):
         grid = found.map.shape[-2:]
         if bool((found.map.flatten(1).amax(1) == found.map.flatten(1).amin(1)).all()):
             yield f"{label}: the map of the first image is flat; for a class that nothing speaks for that is right"

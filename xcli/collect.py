@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from xcli import scoring
 from xcli.batches import Result
 from xcli.entries import MethodSpec
 from xcli.images import BadImage, Source, read_image
 from xcli.panels import CELL, PanelRow, panel
-from xcli.parts import Array
+from xcli.parts import Array, axis
 from xcli.pictures import Namer, PictureWriter, picture_path
 from xcli.plan import Plan
 from xcli.preprocess import Geometry
@@ -63,7 +64,10 @@ class PartBuilder:
             return
         self.owners += [result.images[i] for i in result.image.tolist()]
         for name, values in result.columns.items():
-            self.columns.setdefault(name, []).append(values.numpy())
+            if axis(name) == "shared":
+                self.columns[name] = [values.numpy()]
+            else:
+                self.columns.setdefault(name, []).append(values.numpy())
         for label, maps in result.maps.items():
             if self.squeeze:
                 self.chunks[label] += [self.pool.submit(encode, row) for row in maps.numpy()]
@@ -99,9 +103,8 @@ class PartBuilder:
             columns[name] = joined.astype(np.float32) if real else joined
         for label in self.maps:
             columns[f"heatmaps/{label}"] = self._column(label)
-        return Part(
-            columns, {f"heatmaps/{spec.label}": attributes(self.plan, spec) for spec in self.plan.methods}
-        )
+        maps = {f"heatmaps/{spec.label}": attributes(self.plan, spec) for spec in self.plan.methods}
+        return Part(columns, {**maps, **scored_attributes(self.plan, columns)})
 
     def _column(self, label: str) -> Column:
         shape = self.plan.shapes[label]
@@ -120,6 +123,16 @@ def attributes(plan: Plan, spec: MethodSpec) -> dict[str, str]:
         "preset": spec.preset,
         "score": spec.scale,
         "source": type(spec.method).source,
+    }
+
+
+def scored_attributes(plan: Plan, columns: Container[str]) -> dict[str, dict[str, str]]:
+    """What results.h5 says about the columns of metrics, by their path."""
+    return {
+        path: scoring.attributes(plan.config, metric)
+        for label, metric in plan.scoring.pairs
+        for path in (f"metrics/{label}/{metric.label}", f"curves/{label}/{metric.label}")
+        if path in columns
     }
 
 

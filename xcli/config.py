@@ -208,7 +208,7 @@ def checked(draft: Draft, name: str) -> Config:
         issues += issues_of(error, data, keys_at)
     else:
         if not issues:
-            issues += gate_issues(sections.gates, sections.against, specs, metrics)
+            issues += gate_issues(sections, specs, metrics)
             issues += unfed(metrics, sections)
     lines = draft.lines(worded(issue, data) for issue in issues)
     if lines:

@@ -51,19 +51,23 @@ def worded(issue: Issue, data: Mapping[str, Any]) -> Issue:
 
 
 def gate_issues(
-    gates: Sequence[str], against: str | None, methods: Sequence[MethodSpec], metrics: Sequence[MetricSpec]
+    sections: Sections, methods: Sequence[MethodSpec], metrics: Sequence[MetricSpec]
 ) -> list[Issue]:
     """Gates that are not understood, or name what is not there."""
-    if not gates:
+    if not sections.gates:
         return []
     from xcli.gates import parse, resolve
+    from xcli.methods.baselines import BASELINES
 
+    labels = [spec.label for spec in methods]
+    beside = [name for name in BASELINES if sections.baselines and name not in labels]
+    plain = {spec.label for spec in methods if spec.name in BASELINES} | set(beside)
     issues = []
-    for i, text in enumerate(gates):
+    for i, text in enumerate(sections.gates):
         try:
             gate = parse(text)
-            resolve(gate, [spec.label for spec in methods], [spec.label for spec in metrics])
-            if gate.reference and against is None:
+            resolve(gate, [*labels, *beside], [spec.label for spec in metrics], plain)
+            if gate.reference and sections.against is None:
                 raise ConfigError(
                     "which run is the reference? name it by --against RUN, or against: in the config"
                 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from xcli.errors import ModelError
 from xcli.execution import Execution
@@ -58,11 +59,22 @@ class Forward:
         held = bool(self.acts) and x is self.x and (bool(layers) or not graph)
         return held and set(layers) <= (self.leaves if graph else set(self.layers))
 
+    def settle(self) -> None:
+        """Let the graph go, keep activations and outputs."""
+        self.outputs = [tree_map(detached, outputs) for outputs in self.outputs]
+        self.acts = [tree_map(detached, acts) for acts in self.acts]
+        self.leaves = frozenset()
+
     def drop(self) -> None:
         """Let the kept graph go."""
         self.outputs.clear()
         self.acts.clear()
         del self.bounds[1:]
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its graph; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def require_all(kept: dict[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:

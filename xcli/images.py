@@ -57,6 +57,20 @@ class Batch:
     def __post_init__(self) -> None:
         self.originals = self.originals or [None] * len(self.rows)
 
+    def without(self, lost: Sequence[tuple[int, str]]) -> Batch:
+        """The batch without some of its images, which failed for the reasons given."""
+        gone = {row for row, _ in lost}
+        if not gone:
+            return self
+        keep = [place for place, row in enumerate(self.rows) if row not in gone]
+        return Batch(
+            [self.rows[place] for place in keep],
+            self.pixels[keep],
+            [self.geometry[place] for place in keep],
+            [*self.failed, *lost],
+            [self.originals[place] for place in keep],
+        )
+
 
 class _Loaded(NamedTuple):
     pixels: npt.NDArray[np.uint8]  # (3, H, W)

@@ -6,10 +6,10 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +20,9 @@ import yaml
 
 from xcli.batches import Result, explained
 from xcli.collect import PartBuilder, Pictures
-from xcli.config import Config
+from xcli.config import ANYWHERE, EVALUATION, Config, recorded_config
 from xcli.errors import ConfigError
-from xcli.images import Source, stream
+from xcli.images import Batch, Source, stream
 from xcli.methods.base import FLAT, NOT_FINITE
 from xcli.pictures import PictureWriter
 from xcli.plan import Plan, prepared
@@ -32,6 +32,7 @@ from xcli.record import load
 from xcli.results import open_run
 from xcli.signals import interruptible
 from xcli.store import State, Store, open_store, peek
+from xcli.summaries import add_summaries
 
 LOG = logging.getLogger(__name__)
 FAILURES = 20
@@ -101,7 +102,7 @@ def explain_folder(
             return pending(root, began, done)
         progress.say(f"writing {root / 'results.h5'}")
         with signals.deferred():
-            store.merge()
+            store.merge(finish=add_summaries)
     return summarised(root, "done", began, done.images)
 
 
@@ -119,10 +120,11 @@ def refuse_other_config(root: Path, config: Config, fingerprint: str) -> None:
     if saved is None or saved.record.fingerprint == fingerprint:
         return
     before, now = (flat(plain) for plain in (yaml.safe_load(saved.record.config), config.plain()))
+    unlike = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in dict.fromkeys([*before, *now])
-        if before.get(key) != now.get(key) and key not in ("output.path", "runtime.workers", "runtime.device")
+        for key in unlike
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*EVALUATION, *ANYWHERE))
     ]
     raise ConfigError(
         f"{root} holds a run with another config ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}); "
@@ -144,6 +146,10 @@ def resumed(config: Config, store: Store, progress: Reporter) -> Done:
     Raises:
         ConfigError: the model's weights are not those of the run.
     """
+    begun = recorded_config(store.record.config, "run.json")  # what scores the maps is that of the start, too
+    config = replace(
+        config, metrics=begun.metrics, baselines=begun.baselines, images=begun.images, model=begun.model
+    )
     with prepared(config, store.inputs, store.record.resolved) as plan:
         if plan.weights_sha256 != store.record.attrs["weights_sha256"]:
             raise ConfigError(
@@ -164,6 +170,7 @@ def work(plan: Plan, store: Store, progress: Reporter) -> Done:
         progress.say(f"going on: {share - own} of {share} images are done")
     LOG.info("decided: %s", plan.resolved())
     failed = 0
+    runs = aligned([rows for _, rows in todo], plan.batch_size)
     workers = plan.config.runtime.workers
     threads = min(8, os.cpu_count() or 1) if workers == "auto" else workers
     with ExitStack() as undo:
@@ -173,7 +180,7 @@ def work(plan: Plan, store: Store, progress: Reporter) -> Done:
         commits = undo.enter_context(Committer(store))
         writer = undo.enter_context(PictureWriter(max(1, threads)))
         pictures = Pictures(plan, store.root, inputs, writer)
-        found = undo.enter_context(closing(results(plan, inputs, [rows for _, rows in todo], threads)))
+        found = undo.enter_context(closing(results(plan, inputs, runs, threads, explained)))
         for number, rows in todo:
             builder = PartBuilder(plan, rows, inputs, pool)
             while not builder.full:
@@ -187,11 +194,18 @@ def work(plan: Plan, store: Store, progress: Reporter) -> Done:
     return Done(own, failed)
 
 
-def results(plan: Plan, inputs: Sequence[Source], parts: Sequence[slice], threads: int) -> Generator[Result]:
-    """The results of all batches, each read only after the next one has been started, so that a GPU never waits."""
+Each = Callable[[Plan, Batch, Sequence[Source]], Iterator[Result]]
+"""What is done with a batch."""
+
+
+def results(
+    plan: Plan, inputs: Sequence[Source], runs: Iterable[Sequence[int]], threads: int, each: Each
+) -> Generator[Result]:
+    """The results of the batches of each run of images, each read only after the next one has been started, so that a
+    GPU never waits."""
     images = plan.config.images
     started: deque[Result] = deque()
-    for rows in aligned(parts, plan.batch_size):
+    for rows in runs:
         batches = stream(
             inputs,
             rows,
@@ -206,7 +220,7 @@ def results(plan: Plan, inputs: Sequence[Source], parts: Sequence[slice], thread
         )
         with closing(batches):
             for batch in batches:
-                for result in explained(plan, batch, inputs):
+                for result in each(plan, batch, inputs):
                     started.append(result)
                     if len(started) > 1:
                         yield started.popleft()

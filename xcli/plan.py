@@ -32,6 +32,7 @@ from xcli.methods.base import Attribution, resized
 from xcli.models import Model, find_logits, load_model
 from xcli.preprocess import Preprocess
 from xcli.score import Score
+from xcli.scoring import Pair, Scoring, all_pairs, practised, scoring_of
 from xcli.targets import ClassRows, Predicted, Target, label_classes, resolve
 from xcli.weights import weights_hash
 
@@ -48,6 +49,7 @@ class Plan:
     Attributes:
         preprocess: gives ``size`` (H, W) for every image.
         methods: as configured, their layers by name.
+        scoring: which metrics on which of them.
         classes: class index of each label's text.
         batch_size: images in a batch; a part holds whole batches, so a batch is the same in every run.
         shapes: of one stored map, by the method's label; extras: names of what it adds for each row.
@@ -66,6 +68,7 @@ class Plan:
     execution: Execution
     channels_last: bool
     weights_sha256: str
+    scoring: Scoring = field(default_factory=Scoring)
     folds: int = 0
     batch_size: int = 1
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -132,13 +135,18 @@ class Plan:
 
 @contextmanager
 def prepared(
-    config: Config, sources: Sequence[Source], known: Mapping[str, Any] | None = None
+    config: Config,
+    sources: Sequence[Source],
+    known: Mapping[str, Any] | None = None,
+    pairs: Sequence[Pair] | None = None,
 ) -> Iterator[Plan]:
-    """Load the model, decide what is `auto`, try every method on one image; the model is put back at the end.
+    """Load the model, decide what is `auto`, try every method and metric on one image; the model is put back at the
+    end.
 
     Args:
         sources: the images of the run.
         known: ``Plan.resolved`` of the run that goes on; its choices are taken again.
+        pairs: which metric scores which method; ``None``: all of the config, each by each.
 
     Raises:
         ConfigError, ModelError, InputError: what the user has to change before anything can run.
@@ -173,8 +181,12 @@ def prepared(
             execution=Execution(1, AUTOCAST.get(config.runtime.precision)),
             channels_last=last,
             weights_sha256=digest,
+            scoring=scoring_of(
+                config, all_pairs(config) if pairs is None else pairs, sources, model.categories, model.module
+            ),
         )
-        if config.runtime.fold and not any("structure" in spec.method.needs for spec in methods):
+        whole = [*(spec.method.needs for spec in methods), *(m.metric.needs for m in plan.scoring.metrics)]
+        if config.runtime.fold and not any("structure" in needs for needs in whole):
             plan = replace(plan, folds=undo.enter_context(tuning.folded(model.module, x, plan.at)))
         yield tried(plan, x, known)
 
@@ -238,13 +250,16 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
         torch.cuda.reset_peak_memory_stats(plan.device)
     used = torch.cuda.memory_allocated(plan.device) if cuda else 0
     native = plan.config.output.heatmap.size == "native"
-    shapes, extras = {}, {}
-    for label, found in explanations(plan, x):
+    score = practice(plan, x)
+    shapes, extras, maps = {}, {}, {}
+    for label, found in explanations(plan, score, x):
         stored = found.map if native else resized(found.map, plan.size, "nearest")
         shapes[label] = tuple(stored.shape[1:])
         extras[label] = tuple(found.extras)
+        maps[label] = found.map.detach()
+    scoring = practised(plan, score, x, maps)
     seconds = time.perf_counter() - began
-    plan = replace(plan, shapes=shapes, extras=extras, seconds=seconds)
+    plan = replace(plan, shapes=shapes, extras=extras, scoring=scoring, seconds=seconds)
     if known:
         batch = int(known["batch_size"])
         plan = replace(plan, shapes={label: tuple(shape) for label, shape in known["shapes"].items()})
@@ -254,12 +269,16 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
     return replace(plan, batch_size=batch, execution=Execution(batch, plan.execution.precision))
 
 
-def explanations(plan: Plan, x: Tensor) -> Iterator[tuple[str, Attribution]]:
-    """Each method's raw maps for the predicted class of ``x``."""
+def practice(plan: Plan, x: Tensor) -> Score:
+    """The score of the predicted class of ``x``, with the pass that has run."""
     forward = plan.forward(x)
     logits = torch.cat([find_logits(found, plan.model.output).detach() for found in forward.outputs])
     rows = resolve([Predicted()], logits, torch.full((len(x),), -1), plan.model.output)
-    score = plan.score(forward, rows, ["probe"] * len(x))
+    return plan.score(forward, rows, ["probe"] * len(x))
+
+
+def explanations(plan: Plan, score: Score, x: Tensor) -> Iterator[tuple[str, Attribution]]:
+    """Each method's raw maps of ``x``."""
     for spec in plan.methods:
         yield spec.label, spec.method.explain(score.scaled(spec.scale), x)
 

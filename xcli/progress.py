@@ -35,7 +35,7 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """One line about what happens."""
 
-    def start(self, total: int, done: int) -> None:
+    def start(self, total: int, done: int, doing: str = "explaining") -> None:
         """``total`` images, ``done`` of them in an earlier run."""
 
     def advance(self, images: int, failed: int) -> None:
@@ -54,7 +54,7 @@ class Quiet:
         return None
 
     def say(self, text: str) -> None: ...
-    def start(self, total: int, done: int) -> None: ...
+    def start(self, total: int, done: int, doing: str = "explaining") -> None: ...
     def advance(self, images: int, failed: int) -> None: ...
 
 
@@ -69,7 +69,7 @@ class PlainLines(Quiet):
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         print(f"{now} {text}", file=sys.stderr, flush=True)
 
-    def start(self, total: int, done: int) -> None:
+    def start(self, total: int, done: int, doing: str = "explaining") -> None:
         self.total, self.done, self.first = total, done, done
         self.began = self.said = time.monotonic()
 
@@ -117,8 +117,8 @@ class LiveBar(Quiet):
     def say(self, text: str) -> None:
         self.console.print(Text(text))
 
-    def start(self, total: int, done: int) -> None:
-        self.task = self.progress.add_task("explaining", total=total, completed=done, failed="")
+    def start(self, total: int, done: int, doing: str = "explaining") -> None:
+        self.task = self.progress.add_task(doing, total=total, completed=done, failed="")
         self.progress.start()
 
     def advance(self, images: int, failed: int) -> None:

@@ -146,10 +146,41 @@ class RunResults:
         self._maps(name)
         return self._columns(f"extras/{name}")
 
+    @cached_property
+    def scored(self) -> tuple[str, ...]:
+        """The methods and baselines that have metrics, in alphabetical order."""
+        groups = ("metrics", "curves", "summary")
+        return tuple(sorted({name for group in groups for name in self._file.get(group, ())}))
+
     def metrics(self, name: str) -> dict[str, Array]:
-        """The metrics of the maps ``name``, one entry an explanation; empty before they are evaluated."""
-        self._maps(name)
+        """The metrics of the method or baseline ``name``, one entry an explanation; empty before an evaluation."""
+        if name not in self.scored:
+            self._maps(name)
         return self._columns(f"metrics/{name}")
+
+    def metric_attrs(self, name: str, metric: str) -> dict[str, Any]:
+        """Direction, bounds, parameters, preset and source of a metric of ``name``. Raises: InputError: not scored."""
+        for group in ("metrics", "curves", "summary"):
+            if f"{group}/{name}/{metric}" in self._file:
+                return dict(self._file[f"{group}/{name}/{metric}"].attrs)
+        raise InputError(f"{name} has no metric {metric!r} in this run")
+
+    def curves(self, name: str) -> dict[str, Array]:
+        """The steps behind the metrics of ``name``, (rows, S + 1); ``<metric>.fraction`` is their abscissa."""
+        return self._columns(f"curves/{name}")
+
+    def summary(self, name: str) -> dict[str, float]:
+        """The metrics of ``name`` that are one number a run."""
+        return {key: float(values) for key, values in self._columns(f"summary/{name}").items()}
+
+    def is_scored(self, name: str, metric: str, identity: str) -> bool:
+        """Whether every row of ``name`` has this metric, computed as ``identity`` says."""
+        if not len(self.explanations["image"]):
+            return True
+        found = self._file.get(f"metrics/{name}/{metric}", self._file.get(f"curves/{name}/{metric}"))
+        if found is None:
+            return False
+        return bool(found.attrs.get("complete", False)) and found.attrs.get("identity") == identity
 
     def to_xarray(self, names: Sequence[str] | None = None) -> xarray.Dataset:
         """The run as one Dataset in memory; the columns are named like their path, maps by their name.

@@ -46,7 +46,7 @@ class TruthSection(Section):
     path: Text = Field(
         description="a folder of PNG masks or VOC XML files that mirrors the images, a COCO .json, or a .csv"
     )
-    format: Literal["auto", "masks", "voc", "coco", "csv"] = Field(
+    format: Literal["auto", "masks", "voc", "coco", "manifest"] = Field(
         default="auto", description="what lies there; auto: by its files"
     )
     values: Literal["class-plus-one", "class", "object"] = Field(

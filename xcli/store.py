@@ -75,6 +75,9 @@ __all__ = [
 
 Shard = tuple[int, int]  # (I, N), I from 1
 PICTURES = ("overlays", "heatmaps", "panels")
+SCORES = ("evaluation", "metrics.csv", "curves-*.png")
+"""What an evaluation leaves beside results.h5."""
+
 OPEN_WAIT = 10.0  # seconds to wait for another process that starts or merges
 _TMP_OWNER = re.compile(r".*\.h5\.(\d+-of-\d+)\.tmp")
 
@@ -264,19 +267,20 @@ def _remove_run(root: Path) -> None:
             (root / name).unlink(missing_ok=True)
         failpoint("fresh-results")
         drop_parts(root)
-        for name in PICTURES if had_record else ():
-            _remove_folder(root / name)
+        for name in (*PICTURES, *SCORES) if had_record else ():
+            for path in root.glob(name):
+                _remove(path)
             failpoint("fresh-pictures")
         for name in (RUN, INPUTS):
             (root / name).unlink(missing_ok=True)
             failpoint("fresh-record")
 
 
-def _remove_folder(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    elif path.is_dir():
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 # --- who works on it -----------------------------------------------------------------------------------------

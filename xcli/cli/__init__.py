@@ -35,7 +35,18 @@ def _root(
     """Explain what vision models look at, over whole folders of images, unattended."""
 
 
-from xcli.cli import check, explain, init, layers, merge, methods, schema  # noqa: E402, F401  (they register)
+from xcli.cli import (  # noqa: E402  (they register)
+    check,  # noqa: F401
+    compare,  # noqa: F401
+    evaluate,  # noqa: F401
+    explain,  # noqa: F401
+    init,  # noqa: F401
+    layers,  # noqa: F401
+    merge,  # noqa: F401
+    methods,  # noqa: F401
+    metrics,  # noqa: F401
+    schema,  # noqa: F401
+)
 
 
 def main() -> None:

@@ -9,10 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xcli.cli import app
-from xcli.cli.options import Device, Input, Json, Methods, OptionalConfig, Output, Overrides, print_json
+from xcli.cli.options import (
+    Device,
+    Input,
+    Json,
+    Limit,
+    Methods,
+    OptionalConfig,
+    Output,
+    Overrides,
+    Quiet,
+    Verbose,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from xcli.pipeline import Summary
+    from xcli.scorecard import Scorecard
 
 
 @app.command(epilog="Example:  xai explain configs/quickstart.yaml --output results/first")
@@ -22,10 +35,7 @@ def explain(
     output: Output = None,
     methods: Methods = None,
     set: Overrides = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", metavar="N", min=1, help="Only the first N images.", show_default=False),
-    ] = None,
+    limit: Limit = None,
     device: Device = None,
     shard: Annotated[
         str, typer.Option("--shard", metavar="I/N", help="Do every N-th part, I from 1 to N.")
@@ -41,12 +51,12 @@ def explain(
         bool, typer.Option("--dry-run", help="Check the config and count the images; run nothing.")
     ] = False,
     as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but what failed.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Explain every image of a folder.
 
-    Heatmaps go to results.h5, overlays to PNG.
+    Heatmaps go to results.h5, overlays to PNG; scores too, where the config names metrics.
 
     An unfinished run in the output directory is resumed; a finished one is left alone.
     """
@@ -55,9 +65,7 @@ def explain(
     from xcli.images import find_images
     from xcli.overrides import Changes
 
-    if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("xcli").setLevel(logging.INFO)
+    logged(verbose)
     part = shard_of(shard)
     if fresh and part[1] > 1:
         raise ConfigError(
@@ -79,20 +87,62 @@ def explain(
         else:
             print(f"{loaded.text()}\n# {len(sources)} images -> {folder}")
         return
-    from xcli.pipeline import explain_folder
     from xcli.progress import reporter
+    from xcli.scorecard import explain_and_score
     from xcli.tuning import keep_freed_memory
 
     keep_freed_memory()
-    summary = explain_folder(
-        loaded, sources, shard=part, fresh=fresh, update=update, progress=reporter(quiet=quiet)
+    summary, card = explain_and_score(
+        loaded, sources, reporter(quiet=quiet), shard=part, fresh=fresh, update=update
     )
+    raise typer.Exit(reported(summary, card, as_json=as_json, quiet=quiet))
+
+
+def logged(verbose: bool) -> None:
+    """Let the library talk where ``--verbose`` asks for it."""
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.getLogger("xcli").setLevel(logging.INFO)
+
+
+def reported(summary: Summary | None, card: Scorecard | None, *, as_json: bool, quiet: bool) -> int:
+    """Print what a call has done, and return its exit code.
+
+    Args:
+        summary: of an explaining run; ``None`` where a finished one was scored.
+    """
+    codes = {0, *([summary.exit_code] if summary else []), *([card.exit_code] if card else [])}
+    code = 4 if 4 in codes else max(codes)  # a gate that fails comes before images that do
+    told = {"status": "done", "output": str(card.root)} if card else {}
     if as_json:
-        print_json(summary.as_json())
-    else:
-        for line in failures(summary) if quiet else sentences(summary):
-            typer.echo(line, err=True)
-    raise typer.Exit(summary.exit_code)
+        whole = {**told, **(summary.as_json() if summary else {}), **(card.as_json() if card else {})}
+        print_json({**whole, "exit_code": code})
+        return code
+    texts = [
+        *((failures if quiet else sentences)(summary) if summary else []),
+        *(card.failures() if card else []),
+    ]
+    for line in texts:
+        typer.echo(line, err=True)
+    if card is not None:
+        show_scores(card, quiet=quiet)
+    return code
+
+
+def show_scores(card: Scorecard, *, quiet: bool) -> None:
+    """The table of scores and the verdicts of gates, on standard output; ``quiet``: the gates that fail."""
+    import sys
+
+    from xcli.scoretext import console, table
+
+    if not quiet:
+        table(card.scores, console(sys.stdout))
+    verdicts = zip(card.gates(), card.verdicts, strict=True)
+    for line, verdict in verdicts:
+        if not (quiet and verdict.passed):
+            print(line)
+    if not quiet:
+        typer.echo(f"{card.root / 'metrics.csv'} and {len(card.curves)} pictures of curves", err=True)
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ def merge(
     Writes results.h5 from the parts of all shards; refused while parts are missing.
     """
     from xcli.store import merge_run
+    from xcli.summaries import add_summaries
 
-    path = merge_run(run)
+    path = merge_run(run, finish=add_summaries)
     print_json({"status": "done", "results": str(path)}) if as_json else typer.echo(str(path))

@@ -27,6 +27,32 @@ Output = Annotated[
 Methods = Annotated[
     str | None, typer.Option("--methods", "-m", metavar="A,B", help="Only these methods.", show_default=False)
 ]
+Metrics = Annotated[
+    str | None, typer.Option("--metrics", metavar="A,B", help="Only these metrics.", show_default=False)
+]
+Gates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--gate", metavar="GATE", help="What must hold, such as 'road>=0.05'; again for more.",
+        show_default=False,
+    ),
+]  # fmt: skip
+Against = Annotated[
+    str | None,
+    typer.Option("--against", metavar="RUN", help="What 'reference' in a gate means.", show_default=False),
+]
+Baselines = Annotated[
+    bool | None,
+    typer.Option(
+        "--baselines/--no-baselines", help="Score random, centre and sobel too.", show_default=False
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Only the first N images.", show_default=False),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but what failed.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

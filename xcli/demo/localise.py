@@ -17,10 +17,7 @@ import typer
 from torch import Tensor, nn
 
 from xcli.demo import nets
-from xcli.demo.scenes import load_photos, scenes
-
-SEED = 77
-"""Of the scenes; none of them was trained on."""
+from xcli.demo.scenes import PAIRS_SEED, load_photos, scenes
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Localisation:
 
 def pairs(count: int, photos: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (B, 3, H, W) as model input, kinds (B, 2), masks (B, 2, H, W) of two-object scenes."""
-    drawn = list(scenes(count, seed=SEED, objects=(2,), photos=photos))
+    drawn = list(scenes(count, seed=PAIRS_SEED, objects=(2,), photos=photos))
     pixels = torch.from_numpy(np.stack([scene.image for scene in drawn])).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (nets.MEAN, nets.STD))
     kinds = torch.tensor([scene.kinds for scene in drawn])

@@ -5,6 +5,9 @@
 ``scenes.csv``. A mask is a palette PNG whose value is 0 on the background and 1 + the index of the kind on an
 object. Backgrounds come from ``photos/``. Of the seed's scenes it keeps those that both shipped networks name
 rightly; that seed is neither one of training nor one of evaluation.
+
+With ``--count N`` it writes N scenes of two objects instead, as they come, to ``scenes/`` and ``masks/`` there, for
+evaluations: ``python -m xcli.demo.scenes --count 200 --output results/pairs``.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ RADII = {1: (0.11, 0.22), 2: (0.10, 0.18), 3: (0.09, 0.14)}
 """Range of an object's radius as a share of the picture's side, by the number of objects in the scene."""
 
 SAMPLE_SEED = 2_000_003
+PAIRS_SEED = 77
+"""Of scenes for evaluations; none of them was trained on."""
 SAMPLE_SIDE = 256
 SAMPLES = 12
 """Sample pictures with one object, and with two."""
@@ -233,13 +238,30 @@ def write_samples(folder: Path, part: str, objects: int, nets: Sequence[nn.Modul
     return rows
 
 
+def write_pairs(folder: Path, number: int, photos: Sequence[Pixels]) -> None:
+    """Write the first ``number`` scenes of two objects of the evaluation seed, lossless, and their masks."""
+    for name in ("scenes", "masks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for index, drawn in enumerate(scenes(number, PAIRS_SEED, (2,), photos)):
+        name = f"{index:04d}-{'-'.join(CATEGORIES[kind] for kind in drawn.kinds)}.png"
+        Image.fromarray(drawn.image).save(folder / "scenes" / name)
+        _mask(drawn).save(folder / "masks" / name, optimize=True)
+
+
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m xcli.demo.scenes", description=__doc__)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the samples, with photos/ in it"
+        "--output", type=Path, required=True, help="where they go; of the samples, with photos/"
     )
-    folder: Path = parser.parse_args().output
+    parser.add_argument("--count", type=int, help="this many scenes of two objects instead of the samples")
+    parser.add_argument("--photos", type=Path, default=Path("sample_images/photos"), help="for backgrounds")
+    given = parser.parse_args()
+    folder: Path = given.output
+    if given.count is not None:
+        write_pairs(folder, given.count, load_photos(given.photos))
+        print(f"wrote {given.count} scenes and their masks to {folder}")
+        return
     nets = [load(name) for name in NETS]
     rows = write_samples(folder, "one", 1, nets) + write_samples(folder, "two", 2, nets)
     with (folder / "scenes.csv").open("w", newline="", encoding="utf-8") as file:
