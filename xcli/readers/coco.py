@@ -137,8 +137,6 @@ def inflated(text: str) -> list[int]:
             value -= 1 << shift
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value = shift = 0
-    if shift:
-        raise ValueError("run lengths that end in the middle")
     return counts
 
 

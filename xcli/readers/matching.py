@@ -56,7 +56,7 @@ def matched(
     found: dict[str, str] = {}
     for shown, path in paths.items():
         name = next((known[tail] for tail in _tails(path) if tail in known), None) or tails.get(path)
-        if name is None and times[_base(path)] == 1:
+        if name is None and basenames and times[_base(path)] == 1:
             name = tails.get(_base(path))
         if name is not None:
             found[shown] = name
