@@ -54,7 +54,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ),
     ("render", "panels", "pictures"),
     ("durable", "parts", "record", "survey", "allocated", "merge", "store", "results", "summaries"),
-    ("scoretable", "scoretext", "leaderboard", "plots"),
+    ("scoretable", "scoretext", "leaderboard", "joining", "plots"),
     (
         "tuning",
         "choices",

@@ -424,3 +424,14 @@ def test_toy_randomisation_another_module_under_the_same_rows():
 def test_toy_random_logit_retargets():
     net, x = made(PooledLinear), images(2, 3, 8, 6)
     assert_close(bound(net, x, [1, 4]).retarget(torch.tensor([0, 2]))(x), net(x)[[0, 1], [0, 2]].detach())
+
+
+def test_gradients_do_not_depend_on_the_callers_grad_mode():
+    net, x = made(PooledLinear), images(3, 3, 8, 6)
+    score = bound(net, x, [0, 1, 2, 3], [0, 0, 1, 2])
+    layer = score.layers.find("features")
+    expected = score.gradients(x, at=layer)
+    with torch.no_grad():
+        found = score.gradients(x, at=layer)
+        assert_close(score.gradients(x).grads, bound(net, x, [0, 1, 2, 3], [0, 0, 1, 2]).gradients(x).grads)
+    assert_close(found.grads, expected.grads)

@@ -16,14 +16,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xcli.api import evaluate as evaluate
     from xcli.api import explain as explain
     from xcli.results import open_run as open_run
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "explain", "open_run"]
+__all__ = ["__version__", "evaluate", "explain", "open_run"]
 
-_HOMES = {"explain": "xcli.api", "open_run": "xcli.results"}
+_HOMES = {"evaluate": "xcli.api", "explain": "xcli.api", "open_run": "xcli.results"}
 
 
 def __getattr__(name: str) -> Any:

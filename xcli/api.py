@@ -1,12 +1,13 @@
-"""The Python interface: one call on a batch of tensors, the caller's model left exactly as it was."""
+"""The Python interface: calls on a batch of tensors, the caller's model left exactly as it was."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from functools import partial
+from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,9 +18,10 @@ from xcli.execution import Execution
 from xcli.forward import Forward
 from xcli.hooks import frozen
 from xcli.layers import Layers, survey
-from xcli.methods.base import Method
+from xcli.methods.base import Method, reduced
+from xcli.metrics.base import Measured, Metric, Truth
 from xcli.models import find_logits
-from xcli.registry import build
+from xcli.registry import build, build_metric
 from xcli.score import Score
 from xcli.targets import ClassRows, Predicted, Scale, probabilities, resolve
 from xcli.tuning import exact
@@ -84,22 +86,10 @@ def explain(
     """
     _refuse_mistakes(model, images, target, score)
     chosen = method if isinstance(method, Method) else build(method)
-    compiled = getattr(model, "_orig_mod", None)  # hooks do not reach compiled code
-    model = compiled if isinstance(compiled, nn.Module) else model
-    execution = Execution(micro_batch)
-    with ExitStack() as undo:
-        undo.enter_context(torch.inference_mode(False))
-        undo.enter_context(exact())
-        undo.enter_context(frozen(model))
-        layers = surveyed(model, images, output)
-        at = [layer.name for layer in chosen.looks_at(layers)]
-        forward = Forward(model, images, at, execution, leaves=at if "gradients" in chosen.needs else ())
-        logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
-        rows = _rows(target, logits, output)
-        bound = Score(
-            model, rows, layers, execution, seed, ContentKeys(images), forward if at else None
-        ).scaled(score or chosen.scale)
-        found = chosen.explain(bound, images, None if native else (images.shape[-2], images.shape[-1]))
+    with _bound(model, images, target, output, Execution(micro_batch), seed, chosen) as (bound, logits):
+        size = None if native else (images.shape[-2], images.shape[-1])
+        found = chosen.explain(bound.scaled(score or chosen.scale), images, size)
+        rows = cast(ClassRows, bound.rows)
         own = logits[rows.image.to(logits.device)]
         index = rows.target[:, None]
         return Explanations(
@@ -110,6 +100,114 @@ def explain(
             probabilities(own).gather(1, index)[:, 0],
             found.extras,
         )
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    metric: str | Mapping[str, object] | Metric = "deletion",
+    *,
+    target: int | Sequence[int] | Tensor | None = None,
+    method: str | Mapping[str, object] | Method | None = None,
+    truth: Tensor | None = None,
+    checkpoints: Sequence[nn.Module] = (),
+    output: str | None = None,
+    seed: int = 0,
+    micro_batch: int = 64,
+) -> Measured:
+    """Score the maps of a batch of preprocessed images, one map an image.
+
+    Args:
+        model, images, target, output, seed, micro_batch: as for ``explain``.
+        maps: (B, H, W), from any method, at the images' size.
+        metric: a name (``xai metrics`` lists them), a mapping as in the YAML, or one such as ``Deletion(steps=8)``.
+        method: what made the maps, for metrics that explain other inputs with it (robustness, randomisation).
+        truth: (B, H, W), bool, where the object is, for metrics of localisation.
+        checkpoints: further networks of the same structure, for metrics across models.
+
+    Returns: values (B,), and the curve behind them where there is one.
+
+    Raises:
+        ConfigError: unknown metric or option, maps of another shape, or something that the metric consumes is missing.
+        ModelError: as for ``explain``.
+
+    >>> import torch, xcli
+    >>> from xcli.demo import nets
+    >>> model, images = nets.load("shapes-cnn"), torch.rand(2, 3, 128, 128)
+    >>> maps = xcli.explain(model, images, "gradcam").map
+    >>> found = xcli.evaluate(model, images, maps, {"name": "deletion", "steps": 4})
+    >>> found.values.shape, found.curve.shape
+    (torch.Size([2]), torch.Size([2, 5]))
+    """
+    _refuse_mistakes(model, images, target, None)
+    chosen = metric if isinstance(metric, Metric) else build_metric(metric)
+    wanted = (len(images), *images.shape[2:])
+    for name, given in (("maps", maps), ("truth", truth)):
+        if given is not None and tuple(given.shape) != wanted:
+            raise ConfigError(
+                f"{name}: one of the images' size for each image, {wanted}; got {tuple(given.shape)}"
+            )
+    made = method if isinstance(method, Method | None) else build(method)
+    with ExitStack() as undo:
+        bound, _ = undo.enter_context(
+            _bound(model, images, target, output, Execution(micro_batch), seed, made)
+        )
+        for other in checkpoints:
+            undo.enter_context(frozen(other))
+        offers: dict[str, Any] = {
+            "map": maps.to(images), "x": images, "score": bound, "module": bound.module,
+        }  # fmt: skip
+        if checkpoints:
+            offers["models"] = tuple(bound.using(other) for other in checkpoints)
+        if truth is not None:
+            ones = torch.ones(len(images), dtype=torch.bool, device=images.device)
+            offers["truth"] = Truth(truth.bool(), ones, torch.ones(len(images), 2).to(images))
+        if made is not None:
+            offers["method"] = partial(_maps, made, wanted[1:])
+        if lacking := [name for name in chosen.consumes if name not in offers]:
+            raise ConfigError(f"{chosen.name} needs {' and '.join(NAMED[name] for name in lacking)}")
+        with torch.no_grad():
+            return chosen.measure(**{name: offers[name] for name in chosen.consumes})
+
+
+NAMED = {
+    "truth": "truth=, the objects' masks",
+    "method": "method=, what made the maps",
+    "models": "checkpoints=",
+}
+
+
+def _maps(method: Method, size: tuple[int, int], score: Score, x: Tensor) -> Tensor:
+    """A method as a metric sees it."""
+    return reduced(method.explain(score.scaled(method.scale), x, size).map.detach(), "sum")
+
+
+@contextmanager
+def _bound(
+    model: nn.Module,
+    images: Tensor,
+    target: int | Sequence[int] | Tensor | None,
+    output: str | None,
+    execution: Execution,
+    seed: int,
+    method: Method | None,
+) -> Iterator[tuple[Score, Tensor]]:
+    """The score of ``target`` on ``images``, in logits, and the logits (B, L), from one pass; the model stays frozen
+    inside the block."""
+    compiled = getattr(model, "_orig_mod", None)  # hooks do not reach compiled code
+    model = compiled if isinstance(compiled, nn.Module) else model
+    with ExitStack() as undo:
+        undo.enter_context(torch.inference_mode(False))
+        undo.enter_context(exact())
+        undo.enter_context(frozen(model))
+        layers = surveyed(model, images, output)
+        at = [layer.name for layer in method.looks_at(layers)] if method is not None else []
+        graph = method is not None and "gradients" in method.needs
+        forward = Forward(model, images, at, execution, leaves=at if graph else ())
+        logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
+        rows = _rows(target, logits, output)
+        yield Score(model, rows, layers, execution, seed, ContentKeys(images), forward), logits
 
 
 def _refuse_mistakes(model: nn.Module, images: Tensor, target: object, score: str | None) -> None:

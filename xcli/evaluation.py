@@ -123,6 +123,7 @@ class Work:
 
     root: Path
     saved: Saved
+    config: Config
     length: int  # images a part
 
     @classmethod
@@ -135,13 +136,13 @@ class Work:
         try:
             before = json.loads(path.read_bytes())
             if before["of"] == state["of"]:
-                return cls(root, saved, int(before["length"]))
+                return cls(root, saved, plan.config, int(before["length"]))
         except (OSError, ValueError, KeyError, TypeError):
             pass  # none was begun, or what is left of it cannot be used
         discard(root)
         make_folder(root / FOLDER)
         write_file(path, json.dumps(state).encode(), path.with_suffix(".tmp"), "evaluation")
-        return cls(root, saved, plan.part_length)
+        return cls(root, saved, plan.config, plan.part_length)
 
     def pieces(self) -> list[Piece]:
         """The parts, done or not."""
@@ -159,8 +160,11 @@ class Work:
         write_file(piece.path, data, piece.path.with_suffix(".tmp"), "scores")
 
     def join(self, done: Sequence[Pair]) -> None:
-        """Write results.h5 anew with the scores of ``done`` in it, and remove the parts."""
-        replaced = {f"{label}/{spec.label}" for label, spec in done}
+        """Write results.h5 anew with the scores of ``done`` in it, and remove the parts.
+
+        Scores of the same name that were made with other options go: one name means one metric in a run.
+        """
+        replaced = {f"{label}/{spec.label}" for label, spec in done} | self.outdated(done)
 
         def stays(key: str) -> bool:
             path = key.partition("/")[2]
@@ -178,6 +182,17 @@ class Work:
                 layers = [maps, [Piece(self.root / RESULTS, whole, lambda key: is_score(key) and stays(key))]]
             build(self.root, self.saved, [*layers, self.pieces()], layout, add_summaries)
         discard(self.root)
+
+    def outdated(self, done: Sequence[Pair]) -> set[str]:
+        """The scores in results.h5, ``label/metric``, that are called like new ones and are made in another way."""
+        new = {spec.label: identity(self.config, spec) for _, spec in done}
+        with open_run(self.root) as run:
+            return {
+                f"{label}/{metric}"
+                for label in run.scored
+                for metric in {**run.metrics(label), **run.curves(label)}
+                if metric in new and run.metric_attrs(label, metric).get("identity") != new[metric]
+            }
 
 
 def is_no_score(key: str) -> bool:

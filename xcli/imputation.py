@@ -50,6 +50,8 @@ def impute(x: Tensor, removed: Tensor, solver: Solver = "auto") -> tuple[Tensor,
         of the image's values: the size of the solver's last correction.
     Source: Rong et al. 2022, arXiv:2202.00449, section 4.2.
     """
+    if not len(x):
+        return x, x.new_zeros(0)
     emptied = removed.flatten(1).all(1)[:, None, None]  # (m, 1, 1)
     unknown = (removed & ~emptied)[:, None]  # (m, 1, H, W)
     wide = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
@@ -99,7 +101,7 @@ def factorised(unknown: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     total = suggested(torch.ones(b.shape[2:], dtype=torch.float64)).numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = list(pool.map(solved, masks, sides, repeat(total)))
-    y = torch.from_numpy(np.stack([y for y, _ in found])) if found else torch.zeros(b.shape)
+    y = torch.from_numpy(np.stack([y for y, _ in found]))
     error = torch.tensor([error for _, error in found], dtype=b.dtype)
     return y.to(b), error.to(b.device)
 

@@ -30,7 +30,7 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)))
 """When the colours are used up, they come again with the next of these."""
 
 BASELINE_DASHES: tuple[Any, ...] = ((0, (6, 3)), (0, (1, 2)), (0, (6, 2, 1, 2)))
-MOST_BANDS = 4
+MOST_BANDS = 2
 """So many methods have a band; of more, only the best: bands over bands say nothing."""
 
 MOST_ACROSS = 4

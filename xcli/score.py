@@ -236,7 +236,8 @@ class Score:
         last = int(turns.max()) if len(turns) else -1
         grads = [[torch.zeros_like(act)] for act in acts] if last < 0 else [[] for _ in acts]
         for turn in range(last + 1):
-            picked = values.sum() if last == 0 else values[(turns == turn).to(values.device)].sum()
+            with torch.enable_grad():  # whatever mode the caller is in
+                picked = values.sum() if last == 0 else values[(turns == turn).to(values.device)].sum()
             again = keep or turn < last
             found = torch.autograd.grad(
                 picked, acts, retain_graph=again, create_graph=create_graph, materialize_grads=True

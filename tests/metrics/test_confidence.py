@@ -12,7 +12,7 @@ from pytorch_grad_cam.metrics.cam_mult_image import (
     DropInConfidence,
     IncreaseInConfidence,
 )
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, ClassifierOutputSoftmaxTarget
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget
 from scipy.stats import pearsonr
 from torch import nn
 from torch.testing import assert_close

@@ -29,9 +29,7 @@ def compare(
     output: Output = None,
     baselines: Annotated[
         bool,
-        typer.Option(
-            "--baselines/--no-baselines", help="With random, centre and sobel, scored where they are not yet."
-        ),
+        typer.Option("--baselines/--no-baselines", help="With random, centre and sobel, scored if need be."),
     ] = True,
     as_json: Json = False,
 ) -> None:

@@ -102,9 +102,6 @@ def drawn(old: Tensor, generator: torch.Generator, *, uniform: bool) -> Tensor:
     return old.detach().flatten()[place].view(old.shape)
 
 
-# --- maps of a network that forgets layer by layer -----------------------------------------------------------
-
-
 @options
 class Randomisation(Redrawn):
     """How much of a map is left while the network forgets.
@@ -134,9 +131,10 @@ class Randomisation(Redrawn):
         source, work = self.redrawn(score, module), deepcopy(module)
         blocks, share = self.blocks(layers_of(score, module))
         sums, count = [torch.zeros_like(original) for _ in blocks], 0
-        for count, x in enumerate(inputs, 1):
+        for x in inputs:
             networks = self.networks(module, source, work, blocks)
             sums = [total + method(score.using(net), x) for total, net in zip(sums, networks, strict=True)]
+            count += 1
         empty = original.new_zeros(len(original), 0)
         curve = torch.cat([empty, *(self.alike(original, total / count)[:, None] for total in sums)], 1)
         return Measured(curve.nanmean(1), curve, original.new_tensor(share))
@@ -299,9 +297,6 @@ def histogram_entropy(maps: Tensor, bins: int) -> Tensor:
     index = torch.where(low < high, index, 0)
     share = rows.new_zeros(len(rows), bins).scatter_add_(1, index, torch.ones_like(rows)) / rows.shape[1]
     return torch.where(rows.isfinite().all(1), -torch.xlogy(share, share).sum(1), torch.nan)
-
-
-# --- another class -------------------------------------------------------------------------------------------
 
 
 @metric("random-logit")

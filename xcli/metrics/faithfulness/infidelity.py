@@ -107,7 +107,8 @@ class Infidelity(Removing):
         def inside(index: Tensor) -> Tensor:
             top, left, side = square[index.to(map.device)].T[..., None]  # (m, 1) each
             rows, columns = (down >= top) & (down < top + side), (right >= left) & (right < left + side)
-            return rows[:, :, None] & columns[:, None]
+            chosen: Tensor = rows[:, :, None] & columns[:, None]
+            return chosen
 
         return inside, self.samples
 

@@ -61,9 +61,9 @@ class Sufficiency(Metric):
     def summary(self, values: Floats | None, curve: Floats | None, target: NDArray[Any]) -> float | None:
         assert curve is not None
         known = np.isfinite(curve).all(1)
-        points, labels = standardised(curve[known].astype(np.float64)), target[known]
-        if len(points) < 2:
+        if known.sum() < 2:
             return float("nan")
+        points, labels = standardised(curve[known].astype(np.float64)), target[known]
         largest = max(float(squared.max()) for _, squared in squared_distances(points))
         limit = (self.threshold**2 + 1e-12) * largest  # what is equal up to rounding is equal
         share = np.concatenate(
@@ -76,7 +76,7 @@ class Sufficiency(Metric):
 
 def standardised(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Columns of (n, d) with mean 0 and deviation 1, without those that are constant."""
-    points = points[:, np.ptp(points, 0) > 0] if len(points) else points
+    points = points[:, np.ptp(points, 0) > 0]
     scaled: NDArray[np.float64] = (points - points.mean(0)) / points.std(0)
     return scaled
 
