@@ -351,20 +351,25 @@ def test_voc_boxes_count_pixels_from_one_and_end_inclusive(voc_folder):
     assert masks.any((1, 2)).tolist() == [True, False, False]
 
 
-def test_difficult_objects_count_if_asked(voc_folder):
-    easy, every = opened(voc_folder, VOC_SOURCES), opened(voc_folder, VOC_SOURCES, difficult=True)
-    assert not one(easy, VOC_SOURCES[1], 0)[1], "all of them are difficult"
+def test_difficult_objects_count_with_others_or_always_or_never(voc_folder):
+    usual = opened(voc_folder, VOC_SOURCES)
+    every = opened(voc_folder, VOC_SOURCES, difficult="count")
+    easy = opened(voc_folder, VOC_SOURCES, difficult="leave-out")
+    both = box_mask(10, 5, 30, 20) | box_mask(40, 0, 60, 40)
+    assert np.array_equal(one(usual, VOC_SOURCES[0], 1)[0], both), "the class has an easy object beside it"
+    assert np.array_equal(one(every, VOC_SOURCES[0], 1)[0], both)
+    assert np.array_equal(one(easy, VOC_SOURCES[0], 1)[0], box_mask(10, 5, 30, 20))
+    assert not one(usual, VOC_SOURCES[1], 0)[1], "all of them are difficult"
+    assert not one(easy, VOC_SOURCES[1], 0)[1]
     mask, known = one(every, VOC_SOURCES[1], 0)
     assert known
     assert np.array_equal(mask, box_mask(0, 0, 1, 1))
-    both = box_mask(10, 5, 30, 20) | box_mask(40, 0, 60, 40)
-    assert np.array_equal(one(every, VOC_SOURCES[0], 1)[0], both)
     assert not one(every, VOC_SOURCES[2], 0)[1]
     assert not one(every, VOC_SOURCES[3], 0)[1]
 
 
 def test_voc_objects_of_any_class(voc_folder):
-    annotations = opened(voc_folder, VOC_SOURCES, categories=("x",), values="object")
+    annotations = opened(voc_folder, VOC_SOURCES, categories=("x",), values="object", difficult="leave-out")
     assert np.array_equal(
         one(annotations, VOC_SOURCES[0], 7)[0], box_mask(10, 5, 30, 20) | box_mask(0, 0, 5, 5)
     )
@@ -766,7 +771,7 @@ def test_a_mask_with_flipped_bytes_is_read_or_refused(tmp_path_factory, data):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_the_truth_of_a_batch(voc_folder, threads):
-    annotations = opened(voc_folder, VOC_SOURCES, difficult=True)
+    annotations = opened(voc_folder, VOC_SOURCES, difficult="count")
     geometries = [geometry_of(Preprocess(resize=(16, 16)), size) for size in (SIZE, SIZE, (80, 120), SIZE)]
     image, target = torch.tensor([0, 0, 1, 3]), torch.tensor([1, 2, 0, 1])
     with ThreadPoolExecutor(max(1, threads)) as pool:
@@ -799,7 +804,7 @@ def test_each_image_is_read_once_however_many_rows_it_has(voc_folder, monkeypatc
 
 
 def test_a_batch_goes_on_without_an_annotation_that_cannot_be_read(voc_folder):
-    annotations = opened(voc_folder, VOC_SOURCES, difficult=True)
+    annotations = opened(voc_folder, VOC_SOURCES, difficult="count")
     (voc_folder / "000001.xml").write_text("<annotation>")
     image, target, told = torch.tensor([0, 0, 1]), torch.tensor([1, 0, 0]), {}
     given_all = (annotations, VOC_SOURCES, [PLAIN] * 4, image, target, SIZE, "cpu")

@@ -22,7 +22,7 @@ from xcli.readers.grid import Grid, Mask, Reader, Values
 from xcli.readers.masks import Masks
 from xcli.readers.matching import files_below
 from xcli.readers.table import open_table
-from xcli.readers.voc import Voc
+from xcli.readers.voc import Difficult, Voc
 
 Format = Literal["auto", "masks", "voc", "coco", "manifest"]
 
@@ -36,13 +36,13 @@ class TruthSpec:
         format: "auto" tells it by the suffix, or by what the folder holds.
         values: what the pixel values of masks show (``readers.masks.Masks``). "object" holds in every format:
             whatever is annotated is the truth of every class explained, and class names play no part.
-        difficult: whether VOC objects marked difficult count; a class with no others is unknown in that image.
+        difficult: what VOC objects marked so are worth (``readers.voc.Voc``).
     """
 
     path: str | None = None
     format: Format = "auto"
     values: Values = "class-plus-one"
-    difficult: bool = False
+    difficult: Difficult = "with-others"
 
 
 @dataclass(frozen=True)

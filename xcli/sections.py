@@ -53,7 +53,10 @@ class TruthSection(Section):
         default="class-plus-one",
         description="what a mask's pixel says: 1 + the class, the class (255: ignored), or not 0 on any object",
     )
-    difficult: bool = Field(default=False, description="count objects that VOC marks as difficult")
+    difficult: Literal["with-others", "count", "leave-out"] = Field(
+        default="with-others",
+        description="what VOC's difficult objects are worth; with-others: as all, where their class has another",
+    )
 
 
 class ImagesSection(Section):

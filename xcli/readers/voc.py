@@ -7,13 +7,16 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from xcli.errors import ConfigError, InputError
 from xcli.inputs import Source
 from xcli.preprocess import Size
 from xcli.readers.grid import Box, Grid, Mask, Thing, Values, drawn
 from xcli.readers.matching import class_index, files_below, matched, require_classes, require_matches, stem
+
+
+Difficult = Literal["with-others", "count", "leave-out"]
 
 
 class VocObject(NamedTuple):
@@ -26,12 +29,17 @@ class VocObject(NamedTuple):
 
 @dataclass(frozen=True)
 class Voc:
-    """The XML file of each image. Boxes are filled; objects marked difficult count if ``difficult`` says so."""
+    """The XML file of each image. Boxes are filled.
+
+    Objects marked difficult: ``with-others`` counts them where their class has another object in the image, and else
+    the class is unknown there, as in TorchRay's pointing game; ``count`` treats them as all others; ``leave-out`` does
+    not see them.
+    """
 
     files: Mapping[str, str]
     index: Callable[[str], int | None]
     values: Values
-    difficult: bool
+    difficult: Difficult
 
     @classmethod
     def below(
@@ -40,7 +48,7 @@ class Voc:
         sources: Sequence[Source],
         categories: Sequence[str],
         values: Values,
-        difficult: bool,
+        difficult: Difficult,
     ) -> Voc:
         """XML files in the folders of the images, or all in one, under their names."""
         files = files_below(folder, ".xml")
@@ -65,9 +73,17 @@ class Voc:
         things = [
             Thing.box(None if self.values == "object" else one.name, one.box)
             for one in objects
-            if self.difficult or not one.difficult
+            if self.counts(one, objects)
         ]
         return drawn(things, grid if size is None else grid.on(size, file), classes, self.index)
+
+    def counts(self, one: VocObject, objects: Sequence[VocObject]) -> bool:
+        """Whether an object of an image is part of the truth."""
+        if self.difficult == "count" or not one.difficult:
+            return True
+        easy = {self.index(other.name) for other in objects if not other.difficult}
+        beside = bool(easy) if self.values == "object" else self.index(one.name) in easy
+        return self.difficult == "with-others" and beside
 
 
 def _names(files: Iterable[str]) -> Iterator[str]:
