@@ -25,6 +25,7 @@ from xcli.cli.explain import shard_of
 from xcli.config import load_config
 from xcli.errors import ConfigError
 from xcli.registry import methods as registered
+from xcli.registry import metrics as registered_metrics
 
 ROOT = typer.main.get_command(app)
 SAME_CODE = {**os.environ, "PYTHONPATH": str(Path(xcli.__path__[0]).parent)}
@@ -74,7 +75,20 @@ def entries(folder: Path) -> list[str]:
 
 
 def test_the_commands_are_those_of_the_readme():
-    assert COMMANDS == ["check", "explain", "init", "layers", "merge", "methods", "schema"]
+    assert COMMANDS == [
+        *(
+            "check",
+            "compare",
+            "evaluate",
+            "explain",
+            "init",
+            "layers",
+            "merge",
+            "methods",
+            "metrics",
+            "schema",
+        )
+    ]
 
 
 def test_help_and_version_answer_without_torch(tmp_path: Path):
@@ -215,6 +229,34 @@ def test_the_page_of_a_method_names_its_options_source_and_cost(xai, name: str):
         assert about["help"], option
     assert cls.cost in shown
     assert "Source:" in shown or entry["source"] == "baseline"
+
+
+def test_metrics_lists_every_metric_by_its_family(xai):
+    lines = xai("metrics").stdout.splitlines()
+    names = [line.split()[0] for line in lines if "  " in line]
+    families = [line for line in lines if line and "  " not in line]
+    assert sorted(names) == sorted(registered_metrics())
+    assert {"faithfulness", "localisation", "robustness", "complexity", "randomisation", "axioms"} <= set(
+        families
+    )
+    listed = json.loads(xai("metrics", "--json").stdout)
+    assert all(entry["claim"] and entry["source"] and entry["cost"] and entry["better"] for entry in listed)
+
+
+@pytest.mark.parametrize("name", sorted(registered_metrics()))
+def test_the_page_of_a_metric_names_its_options_source_and_direction(
+    name: str, capsys: pytest.CaptureFixture[str]
+):
+    from xcli.cli.metrics import metrics
+
+    metrics(name)
+    shown = capsys.readouterr().out
+    cls = registered_metrics()[name]
+    for option in fields(cls):
+        assert f"\n  {option.name} " in shown
+    assert cls.direction in shown
+    assert cls.cost in shown
+    assert "Source:" in shown
 
 
 def test_a_method_that_is_not_there_gets_a_suggestion(xai):

@@ -145,7 +145,7 @@ my.yaml:16:9: output.path: the only placeholder is {{date}}; got '{{time}}'
 my.yaml:17:8: output.png: expected a list; got 'overlay'
 my.yaml:18:13: output.colormap: matplotlib has no colour map 'viridus'; for example jet, turbo, viridis, magma, \
 inferno, plasma, hot, gray, coolwarm, seismic; did you mean 'viridis'?
---set model.nme: unknown key 'nme'; known here: source, name, weights, preprocess, categories, output, args; did you \
+--set model.nme: unknown key 'nme'; known here: source, name, weights, checkpoints, preprocess, categories, output, args; did you \
 mean 'name'?
 --set methods.9.layer: methods has 5 entries, numbered from 0; there is no 9, and the next new one is 5
 """
@@ -189,7 +189,7 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file(probl
         (
             DEMO + "metrics: [{name: deletion, stops: 3}]",
             [
-                "my.yaml:3:27: metrics[0].stops: deletion has no parameter 'stops'; known here: "
+                "my.yaml:3:28: metrics[0].stops: deletion has no parameter 'stops'; known here: "
                 f"{', '.join(known_keys(registry.metrics()['deletion'], METRICS))}; did you mean 'steps'?"
             ],
         ),

@@ -82,6 +82,7 @@ def exact(name, height, width):
 
 
 MASKS = {
+    "scattered 10": lambda h, w: scattered(0.1, 1, h, w),
     "scattered 30": lambda h, w: scattered(0.3, 1, h, w),
     "scattered 90": lambda h, w: scattered(0.9, 1, h, w),
     "scattered 99": lambda h, w: scattered(0.99, 1, h, w),
@@ -121,7 +122,6 @@ def test_multigrid_states_an_error_that_holds(name, size):
 
 @pytest.mark.parametrize("size", [(224, 224), (37, 53)])
 def test_every_pixel_is_the_mean_of_its_neighbours(size):
-    """What a linear system is not needed for, so it holds at any size."""
     removed = block(*size)
     filled = exact("block", *size)
     mean = suggested(filled) / suggested(torch.ones(size, dtype=torch.float64))
@@ -207,8 +207,11 @@ def test_company_does_not_matter(solver):
     filled, error = impute(x, removed, solver)
     for i in range(4):
         alone, own = impute(x[i : i + 1], removed[i : i + 1], solver)
-        assert_close(filled[i : i + 1], alone, rtol=1e-10, atol=1e-10)
-        assert_close(error[i : i + 1], own, rtol=1e-3, atol=1e-15)
+        scale = float(x[i].max() - x[i].min())
+        assert_close(
+            filled[i : i + 1], alone, rtol=0, atol=1e-10 * scale if solver == "exact" else 1e-8 * scale
+        )
+        assert_close(error[i : i + 1], own, rtol=1e-2, atol=1e-12)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -287,11 +290,12 @@ def test_the_coarser_stencil_is_that_of_the_product(size):
 @pytest.mark.parametrize("name", MASKS)
 def test_a_cycle_is_a_good_preconditioner(name):
     """Symmetric, positive definite, and close to the inverse: the error that is left by one cycle is below a half."""
-    removed = MASKS[name](20, 17)
+    removed = MASKS[name](26, 21)
     stencil, own = stencil_of(removed), removed[0].flatten()
-    unit = torch.eye(340, dtype=torch.float64).view(1, 340, 20, 17)
+    unit = torch.eye(546, dtype=torch.float64).view(1, 546, 26, 21)
     found = multigrid.cycle(multigrid.coarsened(stencil), unit).flatten(2)[0][own][:, own]
     assert_close(found, found.T, rtol=0, atol=1e-6)
-    share = torch.linalg.eigvals(found @ dense(stencil)[own][:, own]).real
+    half = torch.linalg.cholesky(dense(stencil)[own][:, own])
+    share = torch.linalg.eigvalsh(half.T @ (found + found.T) @ half / 2)
     assert share.min() > 0.5
     assert share.max() < 1 + 1e-4

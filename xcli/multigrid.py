@@ -21,8 +21,8 @@ SHIFT = 1e-5
 """By how much of itself the diagonal of the coarsest grid is raised before it is inverted."""
 
 FINEST, COARSER = (0.9,), (0.7, 1.0, 1.3)
-"""Weights of the Jacobi steps before and, in reverse, after the correction from the next grid. Together they shrink every
-error on eigenvalues in (0, 2]. Coarser grids cost little, so they take more steps."""
+"""Weights of the Jacobi steps before and, in reverse, after the correction from the next grid. Both sequences shrink
+every error, for eigenvalues in (0, 2]; coarser grids cost little and take more steps."""
 
 
 def solve(stencil: Tensor, b: Tensor, goal: Tensor, rounds: int = 40) -> tuple[Tensor, Tensor]:

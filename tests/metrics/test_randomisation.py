@@ -14,7 +14,7 @@ from scipy.stats import entropy, spearmanr
 from skimage.metrics import structural_similarity
 from torch import nn
 from torch.testing import assert_close
-from toys import PooledLinear, SumModel, Tokens, bound, images, made
+from toys import PooledLinear, Residual, SumModel, Tokens, bound, images, made
 
 from xcli.demo import nets
 from xcli.metrics import randomisation
@@ -213,6 +213,12 @@ def test_layers_of_a_residual_network():
     assert len(layers) == sum(1 for part in net.modules() if [*part.parameters(recurse=False)])
 
 
+def test_layers_are_not_in_the_order_in_which_they_are_written():
+    net = made(Residual)  # its ``twice`` runs once more after ``last``
+    layers = layers_of(bound(net, images(1, 3, 16, 16), [0]), net)
+    assert layers == [["stem"], ["block.0"], ["block.2"], ["last"], ["twice"], ["head"]]
+
+
 def redrawn(net, x, **options):
     return ParameterRandomisation(**options).redrawn(bound(net, x, [0]), net)
 
@@ -279,10 +285,13 @@ def test_independent_steps_bring_back_what_they_took():
 )
 def test_the_network_and_the_global_generator_are_left_alone(metric):
     net, x = made(Normed).requires_grad_(False), images(4, 3, 16, 16)
-    before, state = snapshot(net), torch.get_rng_state()
-    found(metric, net, x)
+    before = snapshot(net)
+    with torch.random.fork_rng():
+        torch.rand(1)  # no state in which a reset would leave it
+        state = torch.get_rng_state()
+        found(metric, net, x)
+        assert torch.equal(torch.get_rng_state(), state)
     assert snapshot(net) == before
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_single_precision_stays_single():

@@ -57,8 +57,9 @@ class Centre(Method):
 class Sobel(Method):
     """The edges of the picture: the magnitude of the Sobel gradient of its mean over the colours.
 
-    Borders are continued by their outermost pixels. In units of the normalised input a pixel; a map that looks like
-    this one shows the picture rather than the network (Adebayo et al. 2018, arXiv:1810.03292).
+    Borders are continued by their outermost pixels. In units of the normalised input a pixel. A map that looks like
+    this one shows the picture rather than the network. Source: Adebayo et al. 2018, arXiv:1810.03292, who hold maps
+    against an edge detector.
     """
 
     source: ClassVar[str] = "baseline; Adebayo et al. 2018, arXiv:1810.03292"

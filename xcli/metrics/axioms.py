@@ -31,8 +31,9 @@ class Completeness(Removal, Metric):
     shares of abs(f(x) - f(x_0)), and NaN where that is 0. Lower is better; 0 for a method that satisfies the axiom.
     Of a method that does not claim to add up, such as a CAM, it says nothing.
 
-    Source: Sundararajan et al. 2017, arXiv:1703.01365, proposition 1. ``preset: quantus`` empties an image to its lowest number. Departs: Quantus divides the maps of a batch by
-    the largest of them all and tells whether the two numbers are the same to the last bit.
+    Source: Sundararajan et al. 2017, arXiv:1703.01365, proposition 1. ``preset: quantus`` empties an image to its
+    lowest number. Departs: Quantus divides the maps of a batch by the largest of them all and tells whether the two
+    numbers are the same to the last bit.
     """
 
     direction: ClassVar[Direction] = "lower"
@@ -74,7 +75,7 @@ class NonSensitivity(Removal, Metric):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quantus": {"grid": None, "substrate": "minimum"}
     }
-    small: ClassVar[Mapping[str, object]] = {"grid": 4, "epsilon": 0.05}
+    small: ClassVar[Mapping[str, object]] = {"grid": 3, "epsilon": 0.05}
 
     score: Watched = "probability"
     substrate: Substrate = "gaussian"

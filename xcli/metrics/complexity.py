@@ -85,7 +85,7 @@ class EffectiveComplexity(Metric):
     cost: ClassVar[str] = "steps * samples passes; none with rule: size"
     source: ClassVar[str] = "Nguyen and Rodríguez Martínez 2020, arXiv:2007.07584"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quantus": {"rule": "size"}}
-    small: ClassVar[Mapping[str, object]] = {"steps": 8, "samples": 2, "tolerance": 0.001}
+    small: ClassVar[Mapping[str, object]] = {"steps": 4, "samples": 2, "tolerance": 0.001}
 
     score: Watched = "probability"
     rule: Annotated[
