@@ -108,6 +108,15 @@ def test_pairs_fall_into_the_sets_by_who_is_right():
     assert summary(MeGe(), mege.curve) == pytest.approx(float(expected))
 
 
+def test_both_metrics_share_the_explanations():
+    networks = [Answers([0, 1], images(2, 6, 5, seed=seed)) for seed in range(3)]
+    offers, calls = offered(networks, targets=[0, 0]), []
+    offers["method"] = lambda score, x: calls.append(score) or drawn(score, x)
+    for metric in (MeGe(), ReCo(), ReCo(thresholds=20)):
+        metric.measure(**offers)
+    assert len(calls) == 2
+
+
 def test_identical_checkpoints_agree_completely():
     net, x = made(PooledLinear), images(4, 3, 16, 16)
     targets = net(x).argmax(1).tolist()

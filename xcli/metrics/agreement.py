@@ -1,9 +1,7 @@
 """Whether networks that learnt the same explain the same: distances between the maps of several checkpoints.
 
-Both metrics are one number a run. A network is right about a row where it prefers the row's class to all others
-(``contrast`` above 0), so the targets must be the true labels; for predicted classes the first network is always right.
-The paper trains the checkpoints on all parts of the data but one, and compares on images that one of the two has not
-seen; here every pair is compared on every image, so take images that no checkpoint was trained on.
+A network is right about a row where it prefers the row's class to all others (``contrast`` above 0). For predicted
+classes the first network is always right. Take images that no checkpoint was trained on.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from xcli.metrics.similarity import comparable
 from xcli.registry import metric
 from xcli.score import Score
 
-COST = "an explanation and a pass for each further checkpoint"
+COST = "an explanation and a pass for each further checkpoint, shared by both metrics"
 SOURCE = "Fel et al. 2020, arXiv:2009.04521"
 
 
@@ -44,19 +42,22 @@ def unit(rows: Tensor) -> Tensor:
     return rows / rows.square().sum(1, keepdim=True).sqrt()
 
 
-def distances(
-    map: Tensor, x: Tensor, score: Score, method: Explain, models: tuple[Score, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every pair of networks: the distance of their maps (N, P), whether both are right, whether one is."""
-    maps = [map, *(method(model, x) for model in models)]
-    right = torch.stack([(own.scaled("contrast").clean(x) > 0).to(map.device) for own in (score, *models)], 1)
-    pairs = list(combinations(range(len(maps)), 2))
-    if not pairs:
-        empty = right[:, :0]
-        return map.new_zeros(empty.shape), empty, empty
-    first, second = (right[:, list(side)] for side in zip(*pairs, strict=True))
-    found = torch.stack([distance(maps[i], maps[j]) for i, j in pairs], 1)
-    return found, first & second, first ^ second
+def compared(map: Tensor, x: Tensor, score: Score, method: Explain, models: tuple[Score, ...]) -> Tensor:
+    """Of every pair of networks, (3, N, P): the distance of their maps, 1 where both are right, 1 where one is.
+
+    Computed once for both metrics.
+    """
+
+    def make() -> Tensor:
+        maps = [map, *(method(model, x) for model in models)]
+        right = [(own.scaled("contrast").clean(x) > 0).to(map) for own in (score, *models)]  # (N,) each
+        parts = [map.new_zeros(3, len(map), 0)]
+        for i, j in combinations(range(len(maps)), 2):
+            found = [distance(maps[i], maps[j]), right[i] * right[j], (right[i] - right[j]).abs()]
+            parts.append(torch.stack(found)[..., None])
+        return torch.cat(parts, 2)
+
+    return score.once((map, *(model.module for model in models)), make)  # keys by identity
 
 
 @metric("mege")
@@ -66,10 +67,11 @@ class MeGe(Metric):
     .. math:: \mathrm{MeGe} = \frac{1}{1 + \mathrm{mean}\, S^=}, \quad
         \delta_{ij}(x) = \sqrt{1 - |\mathrm{Spearman}(e(f_i, x), e(f_j, x))|}
 
-    with S= the distances of all pairs and rows where both networks are right. No unit; from 0.5 to 1, higher is better;
-    NaN where no pair is right together. The curve has each row's distances, a pair a column, NaN where the two are not
-    both right or a map is flat. Source: Fel et al. 2020, arXiv:2009.04521. Departs: which images are compared, see the
-    top of the file; one number for all rows, without a value of each.
+    with S= the distances of all pairs and rows where both networks are right: they prefer the row's class to all
+    others, so the targets must be the true labels. No unit; from 0.5 to 1, higher is better; NaN where no pair is right
+    together. One number a run; the curve has each row's distances, a pair a column, NaN where the two are not both
+    right or a map is flat. Source: Fel et al. 2020, arXiv:2009.04521. Departs: every pair is compared on every image,
+    where the paper takes those that one of the two was trained on and the other not.
     """
 
     direction: ClassVar[Direction] = "higher"
@@ -80,8 +82,8 @@ class MeGe(Metric):
     def measure(
         self, map: Tensor, x: Tensor, score: Score, method: Explain, models: tuple[Score, ...]
     ) -> Measured:
-        found, both, _ = distances(map, x, score, method, models)
-        return Measured(None, torch.where(both, found, torch.nan))
+        found, both, _ = compared(map, x, score, method, models)
+        return Measured(None, torch.where(both > 0, found, torch.nan))
 
     def summary(self, values: Floats | None, curve: Floats | None, target: NDArray[Any]) -> float:
         same = known(curve)
@@ -95,11 +97,11 @@ class ReCo(Metric):
     .. math:: \mathrm{ReCo} = \max_\gamma \frac{|\{\delta \in S^= : \delta \le \gamma\}|}{|S^=|} +
         \frac{|\{\delta \in S^{\neq} : \delta > \gamma\}|}{|S^{\neq}|} - 1
 
-    with the distances of ``mege``, S= where both networks of a pair are right and S!= where one of them is. No unit;
-    from 0, where the two sets cannot be told apart, to 1; higher is better; NaN where one of them is empty. The curve
-    has each row's distances of S=, a pair a column, then those of S!=, NaN elsewhere. Source: Fel et al. 2020,
-    arXiv:2009.04521. Preset ``xplique``: at most 20 of the distances are thresholds, and distances equal to a threshold
-    do not count.
+    with the distances of ``mege``, S= where both networks of a pair are right and S!= where one of them is; the targets
+    must be the true labels here too. No unit; from 0, where the two sets cannot be told apart, to 1; higher is better;
+    NaN where one of them is empty. One number a run; the curve has each row's distances of S=, a pair a column, then
+    those of S!=, NaN elsewhere. Source: Fel et al. 2020, arXiv:2009.04521. Departs: as ``mege`` does. Preset
+    ``xplique``: at most 20 of the distances are thresholds, and distances equal to a threshold do not count.
     """
 
     direction: ClassVar[Direction] = "higher"
@@ -116,8 +118,9 @@ class ReCo(Metric):
     def measure(
         self, map: Tensor, x: Tensor, score: Score, method: Explain, models: tuple[Score, ...]
     ) -> Measured:
-        found, both, one = distances(map, x, score, method, models)
-        return Measured(None, torch.where(torch.cat([both, one], 1), torch.cat([found, found], 1), torch.nan))
+        found, both, one = compared(map, x, score, method, models)
+        curve = torch.where(torch.cat([both, one], 1) > 0, torch.cat([found, found], 1), torch.nan)
+        return Measured(None, curve)
 
     def summary(self, values: Floats | None, curve: Floats | None, target: NDArray[Any]) -> float:
         if curve is None:

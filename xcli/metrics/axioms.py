@@ -87,7 +87,9 @@ class NonSensitivity(Removal, Metric):
         cell = cells((map.shape[1], map.shape[2]), self.grid).to(x.device)  # (H, W)
         moved = (self.changed(watched, x, cell) - watched.clean(x)[:, None]).abs()  # (N, F)
         size = map.abs().flatten(1)
-        highest = torch.zeros_like(moved).scatter_reduce_(1, cell.flatten().expand(size.shape), size, "amax")
+        highest = size.new_zeros(moved.shape).scatter_reduce_(
+            1, cell.flatten().expand(size.shape), size, "amax"
+        )
         zero = highest <= self.epsilon * size.amax(1, keepdim=True)
         wrong = (zero ^ (moved < self.epsilon)).sum(1).to(map.dtype)
         return Measured(torch.where(size.isfinite().all(1), wrong, torch.nan))

@@ -138,7 +138,7 @@ def patch_places(maps: Tensor, patch: int) -> tuple[Tensor, int]:
     height, width = maps.shape[1:]
     down, right = -height % patch, -width % patch
     padded = F.pad(maps, (right // 2, right - right // 2, down // 2, down - down // 2))
-    sums = F.avg_pool2d(padded[:, None], patch, divisor_override=1)[:, 0]  # (N, gh, gw)
-    place = places(sums).view(sums.shape)
+    means = F.avg_pool2d(padded[:, None], patch)[:, 0]  # (N, gh, gw), ordered as the sums are
+    place = places(means).view(means.shape)
     pixels = place.repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     return pixels[:, down // 2 :, right // 2 :][:, :height, :width], place[0].numel()
