@@ -139,6 +139,13 @@ class Score:
             parts.append(self.rows.values(outputs, *self._pairs(torch.arange(first, last))).detach())
         return torch.cat(parts)
 
+    def labels(self, x: Tensor) -> int:
+        """How many targets the images ``x`` (B, C, H, W) have to choose from; of a classifier, its logits."""
+        if self.forward is not None and self.forward.covers(x, (), graph=False):
+            return self.rows.labels(self.forward.outputs[0])
+        with torch.no_grad():
+            return self.rows.labels(self.execution.run(self.module, x[:1]))
+
     def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, computed the first time that ``key`` is asked of this score: for what several metrics share."""
         if key not in self.memo:

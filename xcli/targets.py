@@ -32,6 +32,9 @@ class Rows(Protocol):
     def retarget(self, target: Tensor) -> Self:
         """The same images with other targets (N,)."""
 
+    def labels(self, outputs: Any) -> int:
+        """How many targets there are to choose from."""
+
     def columns(self) -> Mapping[str, Tensor]:
         """What describes each row in the results: name -> (N,)."""
 
@@ -59,6 +62,9 @@ class ClassRows:
 
     def retarget(self, target: Tensor) -> ClassRows:
         return replace(self, target=target)
+
+    def labels(self, outputs: Any) -> int:
+        return find_logits(outputs, self.output).shape[1]
 
     def columns(self) -> Mapping[str, Tensor]:
         return {"target": self.target}

@@ -22,7 +22,6 @@ from xcli.metrics.base import Direction, Explain, Measured, Metric
 from xcli.metrics.similarity import Alike, Scaling, similarity
 from xcli.registry import metric, options
 from xcli.score import Score
-from xcli.targets import find_logits  # type: ignore[attr-defined]
 
 Presets = Mapping[str, Mapping[str, object]]
 Blocks = list[list[str]]
@@ -325,7 +324,7 @@ class RandomLogit(Metric):
 
     def measure(self, map: Tensor, x: Tensor, score: Score, method: Explain) -> Measured:
         target = score.rows.columns()["target"]
-        count = logits_of(score, x)
+        count = score.labels(x)
         if count < 2:
             return Measured(map.new_full((len(map),), torch.nan))
         other = [another(score, row, own, count) for row, own in enumerate(target.tolist())]
@@ -338,10 +337,3 @@ def another(score: Score, row: int, target: int, count: int) -> int:
     generator = score.generator(row, f"random-logit {target}")
     other = int(torch.randint(count - 1, (), generator=generator))
     return other + (other >= target)
-
-
-def logits_of(score: Score, x: Tensor) -> int:
-    """How many logits the network has, from a pass of one image."""
-    with torch.no_grad():
-        outputs = score.execution.run(score.module, x[:1])
-    return find_logits(outputs, getattr(score.rows, "output", None)).shape[1]

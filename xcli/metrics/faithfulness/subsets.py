@@ -214,40 +214,38 @@ class SensitivityN(RandomSubsets):
 class Draws:
     """Random numbers below PRIME, one for each of F features in each of S sets of a row, made when they are asked for.
 
-    (code * factor + shift) mod PRIME: of an image are kept a random code for each feature, all different, and a random
-    factor and shift for each set. Each set is an even draw, two of them are as good as independent, and nothing as
-    large as F times S ever exists. In whole numbers, so that every device draws the same.
+    code * factor mod PRIME: of an image are kept a random code for each feature, all different, and a random factor
+    for each set. Each set is an even draw, two of them are as good as independent, and nothing as large as F times S
+    ever exists. In whole numbers, so that every device draws the same.
 
     Attributes:
-        code: (B, F), factor and shift: (B, S), of the images.
+        code: (B, F), of the features of each image.
+        factor: (B, S), of the sets of each image.
         own: (N,), which of the images a row is about.
     """
 
     code: Tensor
     factor: Tensor
-    shift: Tensor
     own: Tensor
 
     @classmethod
     def of(cls, score: Score, tag: str, features: int, sets: int, device: torch.device) -> Draws:
         """Drawn for each image from the run's seed, its key and ``tag``."""
         _, own, count = score.image.unique_consecutive(return_inverse=True, return_counts=True)
-        drawn: list[tuple[Tensor, ...]] = []
+        codes, factors, stride = [], [], PRIME // features
         for first in (count.cumsum(0) - count).tolist():
             generator = score.generator(first, tag)
-            stride = PRIME // features
-            code = torch.randperm(features, generator=generator) * stride
-            code += torch.randint(stride, (features,), generator=generator)
-            factor = torch.randint(1, PRIME, (sets,), generator=generator)
-            drawn.append((code, factor, torch.randint(PRIME, (sets,), generator=generator)))
-        code, factor, shift = (torch.stack(parts).to(device) for parts in zip(*drawn, strict=True))
-        return cls(code, factor, shift, own.to(device))
+            place = torch.randperm(features, generator=generator)
+            codes.append(place * stride + torch.randint(1, stride, (features,), generator=generator))
+            factors.append(torch.randint(1, PRIME, (sets,), generator=generator))
+        return cls(torch.stack(codes).to(device), torch.stack(factors).to(device), own.to(device))
 
     def __call__(self, index: Tensor) -> Tensor:
         """(m, F), int64, of the copies ``index`` (m,): set ``index % S`` of row ``index // S``."""
+        sets = self.factor.shape[1]
         index = index.to(self.own.device)
-        own, part = self.own[index // self.factor.shape[1]], index % self.factor.shape[1]
-        return (self.code[own] * self.factor[own, part, None] + self.shift[own, part, None]) % PRIME
+        own = self.own[index // sets]
+        return self.code[own] * self.factor[own, index % sets, None] % PRIME
 
 
 def smallest(keys: Tensor, count: Tensor) -> Tensor:
