@@ -237,7 +237,8 @@ def test_readme_and_every_config_say_how_they_are_run():
 def test_every_command_that_users_are_shown_exists(where: str, line: str):
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for call in re.split(r"&&|\|", line):
-        words = shlex.split(call.split("#")[0].split(">")[0])
+        words = shlex.split(call, comments=True)
+        words = words[: next((i for i, word in enumerate(words) if word in (">", ">>")), len(words))]
         if words[:1] != ["xai"]:
             continue
         assert words[1] in {*commands, "--version", "--help"}, f"{where}: {line}"

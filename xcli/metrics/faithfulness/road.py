@@ -111,7 +111,7 @@ class Debiased(Metric):
             return torch.tensor([int(total * p / 100) for p in levels], device=map.device).expand(
                 len(map), -1
             )
-        ascending = (map).flatten(1).sort(1).values
+        ascending = (-map if least else map).flatten(1).sort(1).values
         # pixels at or above an interpolated percentile are those at or above the next value in order
         at = [math.ceil((total - 1) * p / 100) for p in levels]
         return total - torch.searchsorted(ascending, ascending[:, at].contiguous())
