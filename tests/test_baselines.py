@@ -192,3 +192,12 @@ def test_a_metric_takes_them_from_yaml():
     assert (metric.substrate, metric.sigma, metric.kernel) == ("blur", 3.0, 11)
     with pytest.raises(ConfigError, match="substrate"):
         build_metric({"name": "deletion", "substrate": "blurr"})
+
+
+@pytest.mark.parametrize("substrate", SUBSTRATES)
+def test_copies_keep_the_layout_that_the_network_likes(substrate):
+    x = images(2, 3, 12, 10).contiguous(memory_format=torch.channels_last)
+    removed = images(3, 12, 10, seed=1) > 0
+    remover = Removal(substrate=substrate).remover(bound(made(PooledLinear), x, [0, 0]), x)
+    copies = remover(torch.tensor([0, 1, 1]), removed)
+    assert copies.is_contiguous(memory_format=torch.channels_last)

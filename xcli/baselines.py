@@ -33,7 +33,7 @@ class Removal:
     - ``constant``: the number ``value``; 0 is the mean colour of the preprocessing;
     - ``mean``: the image's mean colour, channel by channel;
     - ``minimum``: the lowest number in the image, black for most;
-    - ``blur``: the image seen through a Gaussian of ``sigma`` pixels, cut to ``kernel`` pixels, black outside;
+    - ``blur``: the image seen through a Gaussian of ``sigma`` pixels, cut to ``kernel`` pixels, zero outside;
     - ``uniform``, ``gaussian``: noise as wide as the image's own range, or with its own mean and deviation, channel by
       channel; one field an image, drawn from the run's seed and the image's path;
     - ``negative``: the opposite of what was there, as black becomes white;
@@ -54,14 +54,16 @@ class Removal:
 
         def stand_in(image: Tensor, removed: Tensor) -> Tensor:
             image = image.to(x.device)
-            return torch.where(removed[:, None], other[image], x[image])
+            return torch.where(
+                ~removed[:, None], x[image], other[image]
+            )  # x first: its layout is the result's
 
         def imputed(image: Tensor, removed: Tensor) -> Tensor:
             from xcli.imputation import impute
 
             image = image.to(x.device)
             filled, _ = impute(x[image], removed)
-            return torch.where(removed[:, None], filled + noise[image], x[image])
+            return torch.where(~removed[:, None], x[image], filled + noise[image])
 
         if self.substrate == "imputation":
             return imputed
@@ -72,7 +74,7 @@ class Removal:
         """The score (N,) of each row with every pixel removed; metrics that mean the same share one pass an image."""
 
         def make() -> Tensor:
-            whole = self._whole(x, self._noise(score, x))
+            whole = self._whole(x, self._noise(score, x)).expand(x.shape)
             image = score.image.unique()
             return score.on(lambda index: whole[image[index].to(x.device)], image)[0]
 
@@ -96,13 +98,13 @@ class Removal:
                 return drawn(score, x, torch.randn)
             case "imputation":
                 return drawn(score, x, torch.randn) * IMPUTATION_NOISE
-        return x.new_zeros(()).expand(x.shape)
+        return x.new_zeros(len(x), 1, 1, 1)
 
     def _whole(self, x: Tensor, noise: Tensor) -> Tensor:
-        """The images (B, C, H, W) with every pixel removed."""
+        """The images with every pixel removed, (B, C, H, W), or with sides of 1 where all along them is the same."""
         match self.substrate:
             case "constant":
-                whole = x.new_full((), self.value)
+                whole = x.new_full((len(x), 1, 1, 1), self.value)
             case "minimum":
                 whole = x.amin((1, 2, 3), keepdim=True)
             case "blur":
@@ -117,7 +119,7 @@ class Removal:
                 whole = -x
             case "mean" | "imputation":
                 whole = x.mean((2, 3), keepdim=True) + noise
-        return whole.expand(x.shape)
+        return whole
 
 
 def drawn(score: Score, x: Tensor, draw: Callable[..., Tensor]) -> Tensor:

@@ -170,6 +170,17 @@ def test_small_denominators_count_as_epsilon():
     assert_close(found(metric, SumModel(), x, identity), expected)
 
 
+@pytest.mark.parametrize("metric", [LocalLipschitz, *RELATIVE])
+def test_a_row_is_compared_with_its_own_image(metric):
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    x[1] *= 100
+    options = {"layer": "features.0"} if metric is RelativeRepresentationStability else {}
+    metric = metric(samples=2, same_class=False, **options)
+    together = found(metric, net, x, target=[3, 0, 3, 1], image=[0, 1, 1, 1])
+    alone = [found(metric, net, x, target=[target] * 2)[1] for target in (0, 3, 1)]
+    assert_close(together[1:], torch.stack(alone))
+
+
 # --- neighbours ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xcli.metrics.base import Measured, Watched
+from xcli.metrics.base import Direction, Measured, Metric, Watched
 from xcli.metrics.correlation import pearson, spearman
 from xcli.metrics.faithfulness.subsets import (
     ROUNDING,
@@ -26,12 +26,16 @@ from xcli.score import Score
 
 
 @options
-class GroupByGroup(Removing):
+class GroupByGroup(Metric):
     """Changes one group of pixels at a time: the cells of a grid, or ``pixels`` that follow each other in the map.
 
     NaN where the map is flat, and where its sums or what the score does are the same for all groups.
     """
 
+    direction: ClassVar[Direction] = "higher"
+    bounds: ClassVar[tuple[float | None, float | None]] = (-1, 1)
+
+    score: Watched = "probability"
     grid: Annotated[int, Field(description="cells a side; each is a group", ge=2)] = 14
     pixels: Annotated[
         int | None,
@@ -48,7 +52,7 @@ class GroupByGroup(Removing):
 
 
 @metric("faithfulness-estimate")
-class FaithfulnessEstimate(GroupByGroup):
+class FaithfulnessEstimate(GroupByGroup, Removing):
     r"""Whether removing one group of pixels costs as much score as the map says of the group, in correlation.
 
     .. math:: corr_g\Big(\sum_{i \in g} map_i,\ f(x) - f(x \text{ without } g)\Big)
@@ -66,8 +70,6 @@ class FaithfulnessEstimate(GroupByGroup):
     }
     small: ClassVar[Mapping[str, object]] = {"grid": 4}
 
-    score: Watched = "probability"
-
     def measure(self, map: Tensor, x: Tensor, score: Score) -> Measured:
         group, count = self.groups(map)
         row = torch.arange(len(map)).repeat_interleave(count)
@@ -83,10 +85,9 @@ class MonotonicityCorrelation(GroupByGroup):
 
     .. math:: spearman_g\Big(\sum_{i \in g} |map_i|,\ E\big[(f(x) - f(x_g))^2\big]\Big)
 
-    over all groups g, where x_g has the group in one random colour, with the mean over ``samples`` of them. From -1 to
-    1; higher is better.
-    ``colours: image`` draws every channel between the image's own extremes, ``unit`` one number from 0 to 1, of the
-    normalised input, for all channels.
+    over all groups g, where x_g has the group in one random colour, with the mean over ``samples`` of them. With
+    ``colours: image`` every channel is drawn between the image's own extremes, with ``unit`` one number from 0 to 1, of
+    the normalised input, stands for all channels. From -1 to 1; higher is better.
 
     Source: Nguyen and Rodríguez Martínez 2020, arXiv:2007.07584. ``preset: quantus``: each pixel is a group, 100
     ``unit`` colours for each, thus 100 passes a pixel unless ``pixels`` is raised. Departs: Quantus divides by f(x)
@@ -100,7 +101,6 @@ class MonotonicityCorrelation(GroupByGroup):
     }
     small: ClassVar[Mapping[str, object]] = {"grid": 3, "samples": 2}
 
-    score: Watched = "probability"
     grid: Annotated[int, Field(description="cells a side; each is a group", ge=2)] = 7
     samples: Annotated[int, Field(description="random colours for each group", ge=1)] = 10
     colours: Literal["image", "unit"] = "image"

@@ -98,7 +98,7 @@ class Debiased(Metric):
             image = score.image.to(x.device)[row]
             removed = place[row] < count.flatten()[index][:, None, None]
             filled, error[index] = impute(x[image], removed, self.solver)
-            return torch.where(removed[:, None], filled + noise[image], filled)
+            return torch.where(~removed[:, None], filled, filled + noise[image])
 
         found = score.at(make, torch.arange(rows).repeat_interleave(steps)).view(rows, steps)
         return torch.cat([found, error.view(rows, steps).amax(1, keepdim=True).to(found)], 1)
