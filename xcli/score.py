@@ -80,6 +80,11 @@ class Score:
         """The same rows seen by another network of the same structure."""
         return replace(self, module=module, forward=None, prefix=None, memo={}, scales={})
 
+    def apart(self) -> Score:
+        """The same rows with an image of their own each, in the same order: for inputs that differ from row to row."""
+        keys = [self.keys[image] for image in self.image.tolist()]
+        return replace(self, rows=self.rows.apart(), keys=keys, forward=None, prefix=None, memo={}, scales={})
+
     def generator(self, row: int, tag: str) -> torch.Generator:
         """A fresh CPU generator for one row, seeded by (seed, its image's key, ``tag``): the batch, the order and
         the device never change what it draws. Rows of one image draw the same unless ``tag`` tells them apart."""

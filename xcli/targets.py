@@ -32,6 +32,9 @@ class Rows(Protocol):
     def retarget(self, target: Tensor) -> Self:
         """The same images with other targets (N,)."""
 
+    def apart(self) -> Self:
+        """The same rows, each about an image of its own: row i about image i."""
+
     def labels(self, outputs: Any) -> int:
         """How many targets there are to choose from."""
 
@@ -62,6 +65,9 @@ class ClassRows:
 
     def retarget(self, target: Tensor) -> ClassRows:
         return replace(self, target=target)
+
+    def apart(self) -> ClassRows:
+        return replace(self, image=torch.arange(len(self.image)))
 
     def labels(self, outputs: Any) -> int:
         return find_logits(outputs, self.output).shape[1]

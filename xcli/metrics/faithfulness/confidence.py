@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -192,7 +191,7 @@ class ADCC(Metric):
         watched = score.scaled("probability")
         mask, known = unit(map)
         images = x[score.image.to(x.device)] * mask[:, None]  # (N, C, H, W)
-        again = method(apart(score), images)  # (N, H, W)
+        again = method(score.apart(), images)  # (N, H, W)
         before, after = watched.clean(x), watched(images)
         drop = torch.where(known & (before > 0), (before - after).relu() / before, torch.nan)
         coherency = (pearson(map.flatten(1), again.to(map).flatten(1)) + 1) / 2
@@ -216,10 +215,3 @@ def multiplied(score: Score, x: Tensor, mask: Tensor) -> Tensor:
         return x[score.image[index].to(x.device)] * mask[index.to(mask.device), None]
 
     return score.at(make, torch.arange(len(mask)))
-
-
-def apart(score: Score) -> Score:
-    """The same rows with an image of their own each, in the same order: row i is about image i."""
-    rows = replace(score.rows, image=torch.arange(len(score.image)))  # type: ignore[type-var]
-    keys = [score.keys[image] for image in score.image.tolist()]
-    return replace(score, rows=rows, keys=keys, forward=None, memo={}, scales={})
