@@ -75,7 +75,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def test_the_commands_are_those_of_the_readme():
-    assert COMMANDS == [
+    assert [
         *(
             "check",
             "compare",
@@ -88,7 +88,7 @@ def test_the_commands_are_those_of_the_readme():
             "metrics",
             "schema",
         )
-    ]
+    ] == COMMANDS
 
 
 def test_help_and_version_answer_without_torch(tmp_path: Path):

@@ -57,9 +57,7 @@ def config_of(folder: Path, place: Path, /, **sections: Any) -> dict[str, Any]:
 def run(folder: Path, place: Path, /, **sections: Any) -> Path:
     """Explain and score a folder in one pass."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    config = load_config(
-        written(place.parent / f"{place.name}.yaml", config_of(folder, place, **sections))
-    )
+    config = load_config(written(place.parent / f"{place.name}.yaml", config_of(folder, place, **sections)))
     explain_and_score(config, find_images(config.images.paths), Quiet())
     return place
 

@@ -144,12 +144,20 @@ class Score:
             parts.append(self.rows.values(outputs, *self._pairs(torch.arange(first, last))).detach())
         return torch.cat(parts)
 
-    def labels(self, x: Tensor) -> int:
-        """How many targets the images ``x`` (B, C, H, W) have to choose from; of a classifier, its logits."""
-        if self.forward is not None and self.forward.covers(x, (), graph=False):
-            return self.rows.labels(self.forward.outputs[0])
-        with torch.no_grad():
-            return self.rows.labels(self.execution.run(self.module, x[:1]))
+    def logits(self, x: Tensor) -> Tensor:
+        """What the targets of the images ``x`` (B, C, H, W) are chosen from, (B, L): of the pass that has already run,
+        else of one pass now; asked for again, they are at hand."""
+        forward = self.forward
+
+        def known() -> Tensor:
+            if forward is not None and forward.covers(x, (), graph=False):
+                return torch.cat([self.rows.logits(outputs).detach() for outputs in forward.outputs])
+            return self.execution.each(torch.no_grad()(run), x)[0]
+
+        def run(part: Tensor) -> tuple[Tensor, ...]:
+            return (self.rows.logits(self.execution.run(self.module, part)),)
+
+        return self.once((x, "logits"), known)  # a tensor is a key by identity
 
     def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """``make()``, computed the first time that ``key`` is asked of this score: for what several metrics share."""

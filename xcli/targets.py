@@ -35,8 +35,8 @@ class Rows(Protocol):
     def apart(self) -> Self:
         """The same rows, each about an image of its own: row i about image i."""
 
-    def labels(self, outputs: Any) -> int:
-        """How many targets there are to choose from."""
+    def logits(self, outputs: Any) -> Tensor:
+        """What the targets are chosen from, a number each: (M, L) of M inputs."""
 
     def columns(self) -> Mapping[str, Tensor]:
         """What describes each row in the results: name -> (N,)."""
@@ -55,8 +55,7 @@ class ClassRows:
     scale: Scale = "logit"
 
     def values(self, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
-        logits = find_logits(outputs, self.output)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = self.logits(outputs)
         device = logits.device
         return in_scale(logits[copy.to(device)], self.target[row].to(device), self.scale)
 
@@ -69,8 +68,9 @@ class ClassRows:
     def apart(self) -> ClassRows:
         return replace(self, image=torch.arange(len(self.image)))
 
-    def labels(self, outputs: Any) -> int:
-        return find_logits(outputs, self.output).shape[1]
+    def logits(self, outputs: Any) -> Tensor:
+        logits = find_logits(outputs, self.output)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def columns(self) -> Mapping[str, Tensor]:
         return {"target": self.target}

@@ -132,6 +132,7 @@ def test_a_cell_is_zero_where_all_its_pixels_are():
     x, net, metric = images(1, 1, 4, 6), linear(weights), NonSensitivity(grid=2, score="logit", epsilon=1e-6)
     right = torch.zeros(1, 4, 6, dtype=torch.float64)
     right[0, 1, 3] = -7.0  # another pixel of the same cell
+    right[0, 2:, :3] = 0.9 * 7e-6  # each below what counts as zero, together above it
     assert sensitive(metric, net, x, right).tolist() == [0]
     assert sensitive(metric, net, x, right.flip(1)).tolist() == [2]
     assert sensitive(metric, net, x, torch.ones(1, 4, 6)).tolist() == [3]

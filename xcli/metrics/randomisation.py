@@ -324,7 +324,7 @@ class RandomLogit(Metric):
 
     def measure(self, map: Tensor, x: Tensor, score: Score, method: Explain) -> Measured:
         target = score.rows.columns()["target"]
-        count = score.labels(x)
+        count = score.logits(x).shape[1]
         if count < 2:
             return Measured(map.new_full((len(map),), torch.nan))
         other = [another(score, row, own, count) for row, own in enumerate(target.tolist())]

@@ -12,7 +12,6 @@ from torch import Tensor
 from xcli.metrics.base import Direction, Explain, Measured, Metric
 from xcli.registry import metric, options
 from xcli.score import Score
-from xcli.targets import find_logits  # type: ignore[attr-defined]
 
 Presets = Mapping[str, Mapping[str, object]]
 Change = tuple[Tensor, Tensor]
@@ -73,7 +72,7 @@ class Neighbours(Metric):
         """What a neighbour must share with its image, (B,): with ``same_class`` the predicted class, else nothing."""
         if not self.same_class:
             return torch.zeros(len(x), device=x.device)
-        seen = logits(score, x)
+        seen = score.logits(x)
         return seen.argmax(1) if seen.shape[1] > 1 else seen[:, 0] > 0
 
     def added(self, score: Score, x: Tensor, sample: int) -> Tensor:
@@ -277,7 +276,7 @@ class RelativeOutputStability(RelativeStability):
     """
 
     def seen(self, score: Score, x: Tensor) -> Tensor:
-        return logits(score, x)
+        return score.logits(x)
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
         return self.relative(before, after) if self.change == "length" else norm(before - after)
@@ -336,14 +335,3 @@ def average(changes: Iterable[Change]) -> Tensor:
         total = total.to(change) + torch.where(counts, change, 0.0)
         number = number.to(change) + counts
     return total / number
-
-
-def logits(score: Score, x: Tensor) -> Tensor:
-    """All logits (B, L) of the images ``x``, from one pass, at hand when asked for again."""
-
-    def run(part: Tensor) -> tuple[Tensor, ...]:
-        outputs = score.execution.run(score.module, part)
-        found = find_logits(outputs, getattr(score.rows, "output", None))
-        return (found.detach() if found.dtype == torch.float64 else found.detach().float(),)
-
-    return score.once((x, "logits"), lambda: score.execution.each(torch.no_grad()(run), x)[0])

@@ -15,7 +15,6 @@ from xcli.preprocess import Size
 from xcli.readers.grid import Box, Grid, Mask, Thing, Values, drawn
 from xcli.readers.matching import class_index, files_below, matched, require_classes, require_matches, stem
 
-
 Difficult = Literal["with-others", "count", "leave-out"]
 
 
