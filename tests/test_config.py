@@ -118,16 +118,16 @@ METHODS = ", ".join(registry.methods())
 GRADCAM = "reduce, upsampling, layer, fusion, relu, as, preset, score"
 
 EXPECTED = f"""\
-my.yaml:1:46: model.wieghts: unknown key 'wieghts'; known here: source, name, weights, checkpoints, preprocess, categories, \
-output, args; did you mean 'weights'?
+my.yaml:1:46: model.wieghts: unknown key 'wieghts'; known here: source, name, weights, checkpoints, preprocess, \
+categories, output, args; did you mean 'weights'?
 my.yaml:4:11: images.labels: expected one of none, folder, manifest; got 'folders'; did you mean 'folder'?
 my.yaml:5:15: images.max_pixels: expected a whole number; got 1.5
 my.yaml:6:10: target[0]: expected one of predicted, label, {{class: ...}}, {{top: ...}}; got 'tabby'
 my.yaml:6:17: target[1].top: the key 'top' is missing
 my.yaml:6:18: target[1].tpo: unknown key 'tpo'; known here: top, above; did you mean 'top'?
 my.yaml:6:35: target[2].class: must not be empty
-my.yaml:7:1: metods: unknown key 'metods'; known here: model, images, target, score, methods, metrics, baselines, gates, \
-against, runtime, output; did you mean 'methods'?
+my.yaml:7:1: metods: unknown key 'metods'; known here: model, images, target, score, methods, metrics, baselines, \
+gates, against, runtime, output; did you mean 'methods'?
 my.yaml:9:12: methods[0].name: unknown method; there are {METHODS}; got 'gradcamm'; did you mean 'gradcam'?
 my.yaml:10:21: methods[1].layr: gradcam has no parameter 'layr'; known here: {GRADCAM}; did you mean 'layer'?
 my.yaml:10:41: methods[1].relu: expected true or false; got 1
@@ -145,8 +145,8 @@ my.yaml:16:9: output.path: the only placeholder is {{date}}; got '{{time}}'
 my.yaml:17:8: output.png: expected a list; got 'overlay'
 my.yaml:18:13: output.colormap: matplotlib has no colour map 'viridus'; for example jet, turbo, viridis, magma, \
 inferno, plasma, hot, gray, coolwarm, seismic; did you mean 'viridis'?
---set model.nme: unknown key 'nme'; known here: source, name, weights, checkpoints, preprocess, categories, output, args; did you \
-mean 'name'?
+--set model.nme: unknown key 'nme'; known here: source, name, weights, checkpoints, preprocess, categories, output, \
+args; did you mean 'name'?
 --set methods.9.layer: methods has 5 entries, numbered from 0; there is no 9, and the next new one is 5
 """
 
@@ -203,8 +203,8 @@ def test_everything_that_is_wrong_is_said_at_once_in_the_order_of_the_file(probl
         (
             DEMO + "metods:",
             [
-                "my.yaml:3:1: metods: unknown key 'metods'; known here: model, images, target, score, methods, metrics, "
-                "baselines, gates, against, runtime, output; did you mean 'methods'?"
+                "my.yaml:3:1: metods: unknown key 'metods'; known here: model, images, target, score, methods, "
+                "metrics, baselines, gates, against, runtime, output; did you mean 'methods'?"
             ],
         ),
         (DEMO + "engine: ray", ["my.yaml:3:1: engine: not in this version"]),
