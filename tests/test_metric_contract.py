@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import metric_contract as contract
 import pytest
 
@@ -42,3 +44,15 @@ def test_every_metric_says_what_it_is(name):
         cls(**preset)
     first = cls.__doc__.strip().split("\n\n")[0]
     assert first.endswith("."), "the first paragraph is the claim"
+
+
+@pytest.mark.parametrize("name", sorted(metrics()))
+def test_a_metric_written_out_and_read_back_is_the_same_one(name):
+    """Else a run scored with defaults would not be known again by its written-out config."""
+    from xcli.entries import METRICS, metric_specs, options_of
+
+    ((spec,), issues) = metric_specs([name])
+    assert not issues
+    ((again,), _) = metric_specs([spec.plain()])
+    assert json.dumps(options_of(again.metric)) == json.dumps(options_of(spec.metric))
+    assert METRICS.table()[name] is type(spec.metric)

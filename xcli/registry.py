@@ -34,7 +34,7 @@ _METRICS: dict[str, type[Metric]] = {}
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def options(cls: _Class) -> _Class:
     """Make ``cls`` a frozen dataclass whose annotated fields are its validated options."""
-    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[return-value]
+    return dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", validate_default=True))(cls)  # type: ignore[return-value]
 
 
 def _register(table: dict[str, _Class], name: str) -> Callable[[_Class], _Class]:

@@ -103,7 +103,9 @@ class MonotonicityCorrelation(GroupByGroup):
 
     grid: Annotated[int, Field(description="cells a side; each is a group", ge=2)] = 7
     samples: Annotated[int, Field(description="random colours for each group", ge=1)] = 10
-    colours: Literal["image", "unit"] = "image"
+    colours: Annotated[
+        Literal["image", "unit"], Field(description="drawn between the image's extremes, or from 0 to 1")
+    ] = "image"
 
     def measure(self, map: Tensor, x: Tensor, score: Score) -> Measured:
         watched = score.scaled(self.score)

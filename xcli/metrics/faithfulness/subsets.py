@@ -127,7 +127,9 @@ class MuFidelity(RandomSubsets):
         Literal["fixed", "bernoulli"],
         Field(description="sets of the same size, or every cell by itself with probability share"),
     ] = "fixed"
-    correlation: Literal["pearson", "spearman"] = "pearson"
+    correlation: Annotated[Literal["pearson", "spearman"], Field(description="of values, or of ranks")] = (
+        "pearson"
+    )
     undefined: Annotated[
         Literal["nan", "zero"], Field(description="what a row without a correlation counts as")
     ] = "nan"
