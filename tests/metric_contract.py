@@ -26,7 +26,9 @@ def explain(score: Score, x: Tensor) -> Tensor:
     return METHOD.explain(score.scaled(METHOD.scale), x, (x.shape[2], x.shape[3])).map
 
 
-def truth_of(keys: Sequence[str], images: Sequence[int], size: tuple[int, int]) -> Truth:
+def truth_of(
+    keys: Sequence[str], images: Sequence[int], size: tuple[int, int], device: torch.device
+) -> Truth:
     """A box somewhere in each image, named by the image's key as a file would be; one image has none."""
     masks, known = (
         torch.zeros(len(images), *size, dtype=torch.bool),
@@ -36,7 +38,8 @@ def truth_of(keys: Sequence[str], images: Sequence[int], size: tuple[int, int]) 
         place = int(float(keys[image]) * 1e3) % 24
         masks[row, place : place + 24, 8 : 24 + place] = True
         known[row] = place % 5 != 1
-    return Truth(masks & known[:, None, None], known, torch.full((len(images), 2), 1.5, dtype=torch.float64))
+    pixel = torch.full((len(images), 2), 1.5, dtype=torch.float64, device=device)
+    return Truth((masks & known[:, None, None]).to(device), known.to(device), pixel)
 
 
 def given(
@@ -48,7 +51,7 @@ def given(
         "map": lambda: explain(score, x),
         "x": lambda: x,
         "score": lambda: score,
-        "truth": lambda: truth_of(score.keys, images, SIZE),
+        "truth": lambda: truth_of(score.keys, images, SIZE, x.device),
         "method": lambda: explain,
         "module": lambda: net,
         "models": lambda: tuple(score.using(other) for other in checkpoints(net)),

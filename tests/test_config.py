@@ -65,7 +65,9 @@ def test_every_shipped_config_loads_and_says_how_it_is_run(path):
     config = load_config(path)
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    commands = tuple(f"#     xai {word} {path.relative_to(ROOT).as_posix()}" for word in ("explain", "evaluate"))
+    commands = tuple(
+        f"#     xai {word} {path.relative_to(ROOT).as_posix()}" for word in ("explain", "evaluate")
+    )
     assert len(comment) >= 3
     assert any(line.startswith(commands) for line in comment)
     assert config.output.path.startswith("results/")

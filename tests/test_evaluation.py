@@ -11,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import yaml
 from PIL import Image
@@ -455,3 +456,27 @@ def test_two_evaluations_at_once_are_refused(maps: Path, xai: Commands):
         ended = xai("evaluate", maps, *(word for text in SETTINGS for word in ("--set", text)))
     assert ended.code == 5
     assert yaml.safe_load(load(maps).record.config)["metrics"] == []  # type: ignore[union-attr]
+
+
+# --- the scores say what they should --------------------------------------------------------------------------------
+
+
+@pytest.mark.soak
+def test_gradcam_beats_noise_over_200_scenes(tmp_path: Path, xai: Commands):
+    """By deletion, insertion and ROAD, with p < 0.01; and by everything that knows where the objects are."""
+    from xcli.demo.scenes import load_photos, write_pairs
+
+    samples = Path(__file__).parents[1] / "sample_images"
+    write_pairs(tmp_path / "pairs", 200, load_photos(samples / "photos"))
+    sections = config_of(
+        tmp_path / "pairs" / "scenes", tmp_path / "run", methods=["gradcam", "random"],
+        model={"preprocess": "auto"}, images={"truth": str(tmp_path / "pairs" / "masks")},
+        metrics=[*({"name": name, "steps": 8} for name in ("deletion", "insertion")), "road", "relevance-mass"],
+        runtime={"batch_size": "auto"},
+    )  # fmt: skip
+    assert xai("evaluate", written(tmp_path / "config.yaml", sections)).code == 0
+    with xcli.open_run(tmp_path / "run") as found:
+        gradcam, noise = found.metrics("gradcam"), found.metrics("random")
+    for name, sign in (("deletion", -1), ("insertion", 1), ("road", 1), ("relevance-mass", 1)):
+        ahead = sign * (gradcam[name] - noise[name])
+        assert scipy.stats.wilcoxon(ahead[~np.isnan(ahead)], alternative="greater").pvalue < 0.01, name

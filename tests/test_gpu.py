@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import contract
+import metric_contract
 import numpy as np
 import pytest
 import torch
@@ -13,10 +14,11 @@ from torch.testing import assert_close
 import xcli
 from xcli.config import load_config
 from xcli.demo import nets
+from xcli.hooks import frozen
 from xcli.images import find_images
 from xcli.overrides import Changes
 from xcli.pipeline import explain_folder
-from xcli.registry import methods
+from xcli.registry import methods, metrics
 from xcli.tuning import exact
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +39,22 @@ def test_a_gpu_gives_the_maps_of_the_cpu(name, network):
     assert found.map.device.type == "cuda"
     assert_close(found.map.cpu(), expected.map, rtol=1e-4, atol=1e-4 * float(expected.map.abs().max()))
     assert torch.equal(found.map, again.map)
+
+
+@pytest.mark.parametrize("name", sorted(metrics()))
+def test_a_gpu_gives_the_scores_of_the_cpu(name):
+    """In float64, as a metric that sorts pixels takes the last bits of a map for an order."""
+    cls = metrics()[name]
+    metric, x = cls(**cls.small), metric_contract.scenes()
+    with exact(), frozen(nets.load("shapes-cnn").double()) as net:
+        expected = metric_contract.given(metric, net, x, *contract.ROWS)
+        values = metric_contract.parts_of(metric.measure(**expected))
+    with exact(), frozen(nets.load("shapes-cnn").double().cuda()) as net:
+        found = metric_contract.measured(metric, net, x.cuda(), *contract.ROWS)
+    parts = metric_contract.parts_of(found)
+    assert all(part.device.type == "cuda" for part in parts)
+    for one, other in zip(parts, values, strict=True):
+        assert_close(one.cpu(), other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_running_out_of_gpu_memory_halves_the_micro_batch():
