@@ -62,7 +62,7 @@ def explain(folder: Path, output: Path, sections: dict[str, Any] | None = None, 
 def unfinished(folder: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> None:
     """A run whose parts are all there, stopped before they are joined."""
 
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise Stopped
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -402,7 +402,7 @@ def test_shards_give_the_run_of_one_process(
         merge_run(tmp_path / "run")
     if merged == "by hand":
         with monkeypatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(xcli.pipeline.Store, "merge", lambda _self: (_ for _ in ()).throw(Stopped))
+            patch.setattr(xcli.pipeline.Store, "merge", lambda _self, **_: (_ for _ in ()).throw(Stopped))
             explain(place / "photos", tmp_path / "run", shard=(1, 2))
         merge_run(tmp_path / "run")
     else:
@@ -476,7 +476,7 @@ def test_lost_parts_of_an_unfinished_run_are_made_again(
     kept = {part: part.stat().st_mtime_ns for part in (parts[1], parts[3])}
     merge = xcli.pipeline.Store.merge
 
-    def merged(store: Any) -> Path:
+    def merged(store: Any, **_: Any) -> Path:
         assert kept == {part: part.stat().st_mtime_ns for part in kept}
         return merge(store)
 
@@ -542,7 +542,7 @@ def test_a_signal_while_the_parts_are_joined_waits_until_they_are(
 ):
     merge = xcli.pipeline.Store.merge
 
-    def merged(store: Any) -> Path:
+    def merged(store: Any, **_: Any) -> Path:
         os.kill(os.getpid(), signal.SIGTERM)
         return merge(store)
 
