@@ -81,6 +81,29 @@ class SumModel(nn.Module):
         return x.flatten(1).sum(1, keepdim=True)
 
 
+class Weighted(nn.Module):
+    """A logit for each of some fixed weightings (L, H, W) of the pixels."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nchw,lhw->nl", x, self.weight)
+
+
+class InDouble(nn.Module):
+    """A network of float64 for packages that hand it float32."""
+
+    def __init__(self, net: nn.Module, softmax: bool = False) -> None:
+        super().__init__()
+        self.net, self.softmax = net, softmax
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.net(x.double())
+        return out.softmax(1) if self.softmax else out
+
+
 def made(kind: type[nn.Module], seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 from torch.testing import assert_close
-from toys import PooledLinear, SumModel, bound, images, made
+from toys import InDouble, PooledLinear, SumModel, Weighted, bound, images, made
 
 from xcli.metrics.faithfulness.groups import MonotonicityCorrelation
 from xcli.metrics.faithfulness.subsets import cells
@@ -17,27 +17,6 @@ from xcli.registry import build_metric
 
 CORRELATED = ["faithfulness-estimate", "monotonicity-correlation"]
 TARGETS, IMAGE = [1, 3, 0, 2, 4], [0, 0, 1, 2, 2]
-
-
-class Linear(nn.Module):
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x):
-        return torch.einsum("nchw,lhw->nl", x, self.weight)
-
-
-class Double(nn.Module):
-    """A network for Quantus, which hands it float32."""
-
-    def __init__(self, net, softmax):
-        super().__init__()
-        self.net, self.softmax = net, softmax
-
-    def forward(self, x):
-        out = self.net(x.double())
-        return out.softmax(1) if self.softmax else out
 
 
 class Grey(PooledLinear):
@@ -61,7 +40,7 @@ def grey_case(rows=4):
 def asked(metric, net, x, map, target, softmax=False):
     """What Quantus says of one batch."""
     return metric(
-        model=Double(net, softmax).eval(),
+        model=InDouble(net, softmax).eval(),
         x_batch=x.numpy(),
         y_batch=np.array(target),
         a_batch=map[:, None].numpy(),
@@ -177,9 +156,9 @@ def test_monotonicity_equals_aix360():
     x[1:3] *= torch.where(images(2, 1, 4, 4) > 1, -1.0, 1.0).double()  # some that fall, some that do not
     weight = torch.stack([torch.ones(4, 4), -torch.ones(4, 4)]).double()
     map = x[:, 0].abs()
-    got = found({"name": "monotonicity", "preset": "aix360"}, Linear(weight), x, map)
+    got = found({"name": "monotonicity", "preset": "aix360"}, Weighted(weight), x, map)
     with torch.no_grad():
-        rising = [aix360(Linear(weight), *row, 0) for row in zip(x, map)]
+        rising = [aix360(Weighted(weight), *row, 0) for row in zip(x, map)]
     assert got.values.tolist() == [float(steps.all()) for steps in rising]
     assert set(got.values.tolist()) == {0, 1}
     assert_close(got.extras["share"], torch.tensor([steps.mean() for steps in rising]))
@@ -205,7 +184,7 @@ def test_a_map_as_large_as_what_a_pixel_does_to_a_linear_model(sign):
     """f moves by w (x - u) when a pixel takes the level u."""
     weight, x = images(1, 4, 4), images(2, 1, 4, 4, seed=1)
     metric = MonotonicityCorrelation(pixels=1, samples=3, score="logit")
-    net = Linear(weight)
+    net = Weighted(weight)
     level = colours_of(metric, net, x, [0, 0])[:, :, 0, None, None]  # (2, 3, 1, 1)
     moved = (weight * (x - level)).square().mean(1)
     map = moved if sign > 0 else 1 / moved
@@ -265,16 +244,16 @@ def test_quantus_stops_at_a_batch_with_one_score_near_zero():
     map = images(2, 8, 8, seed=3)
     peer = quantus.MonotonicityCorrelation(nr_samples=2, features_in_step=4, disable_warnings=True)
     with pytest.raises(ValueError, match="NumPy boolean array indexing"):
-        asked(peer, Linear(weight), x, map, [0, 0])
+        asked(peer, Weighted(weight), x, map, [0, 0])
     metric = {"name": "monotonicity-correlation", "score": "logit", "samples": 2, "pixels": 4}
-    assert found(metric, Linear(weight), x, map).values.isfinite().all()
+    assert found(metric, Weighted(weight), x, map).values.isfinite().all()
 
 
 @pytest.mark.parametrize("name", CORRELATED)
 def test_what_does_not_vary_does_not_correlate(name):
     x, map = images(2, 3, 8, 8), images(2, 8, 8, seed=3)
     metric = {"name": name, "grid": 3}
-    assert found(metric, Linear(torch.zeros(1, 8, 8).double()), x, map).values.isnan().all()
+    assert found(metric, Weighted(torch.zeros(1, 8, 8).double()), x, map).values.isnan().all()
     assert found(metric, SumModel(), x, torch.full_like(map, 0.1)).values.isnan().all()
     assert found(metric, SumModel(), x, map).values.isfinite().all()
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import quantus
 import torch
-from torch import nn
 from torch.testing import assert_close
-from toys import PooledLinear, SumModel, bound, images, made
+from toys import InDouble, PooledLinear, SumModel, Weighted, bound, images, made
 
 from xcli.metrics.faithfulness.infidelity import Infidelity, best_factor, gaussian, squares
 from xcli.metrics.faithfulness.subsets import PRIME, shown_instead
@@ -19,26 +18,6 @@ from xcli.registry import build_metric
 
 TARGETS, IMAGE = [1, 3, 0, 2, 4], [0, 0, 1, 2, 2]
 KINDS = ["square", "noisy-baseline", "noise", "sweep"]
-
-
-class Linear(nn.Module):
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x):
-        return torch.einsum("nchw,lhw->nl", x, self.weight)
-
-
-class Double(nn.Module):
-    """A network for Quantus, which hands it float32."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return self.net(x.double())
 
 
 def found(metric, net, x, map, target=None, image=None):
@@ -75,18 +54,18 @@ def test_a_map_of_shares_is_faithful_to_a_sum_model(kind):
 def test_a_map_of_slopes_is_faithful_to_a_linear_model(kind, substrate):
     x, weight = images(3, 3, 10, 12), images(1, 10, 12, seed=1)
     metric = Infidelity(perturbation=kind, samples=20, means="slope", substrate=substrate)
-    assert_close(found(metric, Linear(weight), x, weight.expand(3, -1, -1)), torch.zeros(3).double())
-    assert (found(metric, Linear(weight), x, weight.flip(2).expand(3, -1, -1)) > 1).all()
+    assert_close(found(metric, Weighted(weight), x, weight.expand(3, -1, -1)), torch.zeros(3).double())
+    assert (found(metric, Weighted(weight), x, weight.flip(2).expand(3, -1, -1)) > 1).all()
 
 
 def test_an_empty_map_misses_all_that_is_lost():
     x, weight = images(2, 3, 10, 12), images(1, 10, 12, seed=1)
     for options in ({}, {"scaled": True}):
         metric = Infidelity(samples=5, **options)
-        score = bound(Linear(weight), x, [0, 0])
+        score = bound(Weighted(weight), x, [0, 0])
         copies, _ = copies_of(metric, score, x, x[:, 0])
-        lost = score.clean(x)[:, None] - Linear(weight)(copies.flatten(0, 1)).view(2, 5)
-        assert_close(found(metric, Linear(weight), x, 0 * x[:, 0]), lost.detach().square().mean(1))
+        lost = score.clean(x)[:, None] - Weighted(weight)(copies.flatten(0, 1)).view(2, 5)
+        assert_close(found(metric, Weighted(weight), x, 0 * x[:, 0]), lost.detach().square().mean(1))
 
 
 def test_scaling_finds_the_unit_of_a_map():
@@ -189,7 +168,7 @@ def test_infidelity_equals_quantus(channels):
     net, map = made(Net), images(4, 8, 12, seed=1).float().double()
     x, target = images(4, channels, 8, 12).float().double(), [0, 1, 2, 3]
     expected = quantus.Infidelity(n_perturb_samples=2, disable_warnings=True)(
-        model=Double(net).eval(),
+        model=InDouble(net).eval(),
         x_batch=x.numpy(),
         y_batch=np.array(target),
         a_batch=map[:, None].numpy(),

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 from torch.testing import assert_close
-from toys import PooledLinear, SumModel, bound, images, made
+from toys import InDouble, PooledLinear, SumModel, Weighted, bound, images, made
 
 from xcli.metrics.faithfulness.subsets import PRIME, Draws, cells, shown_instead, smallest
 from xcli.registry import build_metric
@@ -24,29 +24,6 @@ SMALL = {
     "sensitivity-n": {"samples": 8, "steps": 4},
 }
 TARGETS, IMAGE = [1, 3, 0, 2, 4], [0, 0, 1, 2, 2]
-
-
-class Linear(nn.Module):
-    """A score for each of two fixed weightings of the pixels."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self, x):
-        return torch.einsum("nchw,lhw->nl", x, self.weight)
-
-
-class Double(nn.Module):
-    """A network for Quantus, which hands it float32."""
-
-    def __init__(self, net, softmax=False):
-        super().__init__()
-        self.net, self.softmax = net, softmax
-
-    def forward(self, x):
-        out = self.net(x.double())
-        return out.softmax(1) if self.softmax else out
 
 
 class Grey(PooledLinear):
@@ -95,7 +72,7 @@ def test_over_sets_of_one_size_the_correlation_is_that_over_the_pixels(name):
     """Of an additive model, in the limit of many sets: drawing without replacement scales every covariance alike."""
     weight, map = images(1, 8, 8), images(1, 8, 8, seed=1) + images(1, 8, 8)
     options = {"samples": 4000, "grid": 8} | ({"steps": 3} if name == "sensitivity-n" else {})
-    got = found(built(name, **options), Linear(weight), torch.ones(1, 1, 8, 8).double(), map)
+    got = found(built(name, **options), Weighted(weight), torch.ones(1, 1, 8, 8).double(), map)
     expected = pearsonr(weight.flatten(), map.flatten())[0]
     numbers = got.values if got.curve is None else got.curve[0]
     assert_close(numbers, torch.full_like(numbers, expected), rtol=0, atol=0.04)
@@ -105,7 +82,7 @@ def test_over_sets_of_one_size_the_correlation_is_that_over_the_pixels(name):
 def test_what_does_not_vary_does_not_correlate(name):
     x, map = images(2, 3, 8, 8), images(2, 8, 8, seed=3)
     metric = built(name)
-    assert found(metric, Linear(torch.zeros(1, 8, 8).double()), x, map).values.isnan().all()
+    assert found(metric, Weighted(torch.zeros(1, 8, 8).double()), x, map).values.isnan().all()
     assert found(metric, SumModel(), x, torch.full_like(map, 0.1)).values.isnan().all()
     bad = map.clone()
     bad[0, 2, 2] = torch.inf
@@ -275,7 +252,7 @@ def grey_case(rows=4):
 def asked(metric, net, x, map, target, softmax=False):
     """What Quantus says of one batch, on one colour."""
     return metric(
-        model=Double(net, softmax).eval(),
+        model=InDouble(net, softmax).eval(),
         x_batch=x.numpy(),
         y_batch=np.array(target),
         a_batch=map[:, None].numpy(),
@@ -316,10 +293,10 @@ def test_quantus_finds_an_exact_map_of_a_linear_model_insensitive():
         disable_warnings=True,
         return_aggregate=False,
     )
-    theirs = np.array(asked(peer, Linear(weight), x, map, [0] * 6))
+    theirs = np.array(asked(peer, Weighted(weight), x, map, [0] * 6))
     assert theirs.shape == (6,)  # a number for each step, not for each of the images
     assert theirs.min() < 0.9
-    ours = found(built("sensitivity-n"), Linear(weight), x, map).curve
+    ours = found(built("sensitivity-n"), Weighted(weight), x, map).curve
     assert_close(ours, torch.ones_like(ours))
 
 
