@@ -14,6 +14,7 @@ from xcli.choices import logit_count, noise
 from xcli.config import Config
 from xcli.images import BadImage, Source, read_image
 from xcli.plan import Plan, dtype_of, explanations, practice, prepared
+from xcli.scoring import practised
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ class MethodReport:
     score: str
     cost: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class MetricReport:
+    """One metric: which way is better, and its cost for each method or baseline."""
+
+    label: str
+    direction: str
+    cost: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,9 @@ class Report:
     batch_size: int
     part_length: int
     methods: tuple[MethodReport, ...]
+    metrics: tuple[MetricReport, ...]
+    baselines: tuple[str, ...]
+    scoring_seconds: float
     seconds_per_image: float
     megabytes: float
     memory_megabytes: float | None
@@ -62,6 +75,12 @@ class Report:
         for one in self.methods:
             at = f" at {one.layer}, map {'x'.join(map(str, one.grid))}" if one.layer else ""
             yield f"method     {one.label}: {one.score}{at}; {one.cost}; {one.seconds * 1000:.0f} ms alone"
+        for metric in self.metrics:
+            yield f"metric     {metric.label}: {metric.direction} is better; {metric.cost}"
+        if self.metrics:
+            beside = f" and {', '.join(self.baselines)}" if self.baselines else ""
+            each = f"all methods{beside}"
+            yield f"scoring    {each}: {self.scoring_seconds * 1000:.0f} ms an explanation"
         memory = f", {self.memory_megabytes:.0f} MB on the device" if self.memory_megabytes else ""
         yield (
             f"cost       about {self.seconds_per_image * 1000:.0f} ms an image one by one, "
@@ -91,6 +110,7 @@ def checked_up(config: Config, sources: Sequence[Source]) -> Report:
     with prepared(config, sources) as plan:
         x, readable = first_picture(plan, sources)
         timed = tuple(reports(plan, x))
+        scoring = scoring_seconds(plan, x)
         memory = torch.cuda.max_memory_allocated(plan.device) / 1e6 if plan.device.type == "cuda" else None
         stored = sum(4 * int(torch.Size(shape).numel()) for shape in plan.shapes.values())
         return Report(
@@ -104,7 +124,13 @@ def checked_up(config: Config, sources: Sequence[Source]) -> Report:
             batch_size=plan.batch_size,
             part_length=plan.part_length,
             methods=timed,
-            seconds_per_image=sum(one.seconds for one in timed),
+            metrics=tuple(
+                MetricReport(spec.label, spec.metric.direction, spec.metric.cost)
+                for spec in plan.scoring.metrics
+            ),
+            baselines=tuple(spec.label for spec in plan.scoring.baselines),
+            scoring_seconds=scoring,
+            seconds_per_image=sum(one.seconds for one in timed) + scoring * plan.most_rows,
             megabytes=stored * len(sources) * plan.most_rows / 1e6,
             memory_megabytes=memory,
             traps=tuple(traps(plan, x, readable)),
@@ -136,6 +162,17 @@ def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:
         layer = ", ".join(plan.layers_of(spec))
         grid = tuple(found.map.shape[-2:])
         yield MethodReport(spec.label, layer, grid, spec.scale, type(spec.method).cost, seconds)
+
+
+def scoring_seconds(plan: Plan, x: torch.Tensor) -> float:
+    """What all metrics take on one explanation by every method."""
+    score = practice(plan, x)
+    maps = {label: found.map.detach() for label, found in explanations(plan, score, x)}
+    began = time.perf_counter()
+    practised(plan, score, x, maps)
+    if plan.device.type == "cuda":
+        torch.cuda.synchronize(plan.device)
+    return time.perf_counter() - began if plan.scoring.pairs else 0.0
 
 
 def traps(plan: Plan, x: torch.Tensor, readable: bool) -> Iterator[str]:

@@ -84,7 +84,7 @@ class PointingGame(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (0, 1)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Zhang et al. 2016, arXiv:1608.00507"
     presets: ClassVar[Presets] = {
         "torchray": {"tolerance": 15.0, "ties": "first"},
@@ -142,7 +142,7 @@ class EnergyPointingGame(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (0, 1)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Wang et al. 2020, arXiv:1910.01279"
 
     region: Annotated[
@@ -168,7 +168,7 @@ class RelevanceMass(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Arras et al. 2022, arXiv:2003.07258"
     presets: ClassVar[Presets] = {"quantus": {"part": "signed"}}
 
@@ -191,7 +191,7 @@ class RelevanceRank(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (0, 1)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Arras et al. 2022, arXiv:2003.07258"
     presets: ClassVar[Presets] = {"quantus": {}}
 
@@ -214,7 +214,7 @@ class TopKIntersection(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (0, None)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Theiner et al. 2022, arXiv:2104.14995"
     presets: ClassVar[Presets] = {"quantus": {}}
 
@@ -243,7 +243,7 @@ class AttributionLocalisation(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (0, None)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Kohlbrenner et al. 2020, arXiv:1910.09840"
     presets: ClassVar[Presets] = {"quantus": {"part": "absolute"}}
 
@@ -277,7 +277,7 @@ class IntersectionOverUnion(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (0, 1)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Zhou et al. 2016, arXiv:1512.04150; Choe et al. 2020, arXiv:2001.07437"
     presets: ClassVar[Presets] = {"wsol": {"scale": "min-max"}}
 
@@ -308,7 +308,7 @@ class LocalisationAUC(Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (0, 1)
-    cost: ClassVar[str] = "0"
+    cost: ClassVar[str] = "no pass"
     source: ClassVar[str] = "Fawcett 2006, Pattern Recognition Letters 27"
     presets: ClassVar[Presets] = {"quantus": {}}
 
