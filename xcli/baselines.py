@@ -123,12 +123,16 @@ class Removal:
 
 
 def drawn(score: Score, x: Tensor, draw: Callable[..., Tensor]) -> Tensor:
-    """One field of random numbers an image (B, C, H, W), zero for an image without rows."""
-    image, count = score.image.unique_consecutive(return_counts=True)
-    fields = torch.zeros(x.shape)
-    for own, first in zip(image.tolist(), (count.cumsum(0) - count).tolist(), strict=True):
-        fields[own] = draw(x.shape[1:], generator=score.generator(first, "removal"))
-    return fields.to(x)
+    """One field of random numbers an image (B, C, H, W), zero for an image without rows; drawn once a batch."""
+
+    def make() -> Tensor:
+        image, count = score.image.unique_consecutive(return_counts=True)
+        fields = torch.zeros(x.shape)
+        for own, first in zip(image.tolist(), (count.cumsum(0) - count).tolist(), strict=True):
+            fields[own] = draw(x.shape[1:], generator=score.generator(first, "removal"))
+        return fields.to(x)
+
+    return score.once((x, "drawn", draw), make)  # a tensor is a key by identity
 
 
 def blurred(x: Tensor, kernel: int, sigma: float) -> Tensor:
