@@ -68,7 +68,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "pipeline",
         "checkup",
     ),
-    ("evaluation", "scorecard"),
+    ("scoreparts", "evaluation", "scorecard"),
     ("api",),
     ("demo/drawing", "demo/scenes", "demo/train", "demo/localise"),
     (

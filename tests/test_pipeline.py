@@ -110,7 +110,7 @@ def test_results_h5_is_what_the_contract_says_for_a_reader_with_h5py_alone(place
         assert {"created", "config", "versions", "model", "device", "seed"} <= set(file.attrs)
         expected = {
             "path": (COUNT, "O"), "label": (COUNT, "i"), "width": (COUNT, "i"), "height": (COUNT, "i"),
-            "status": (COUNT, "u"), "error": (COUNT, "O"),
+            "status": (COUNT, "u"), "error": (COUNT, "O"), "bytes": (COUNT, "i"),
         }  # fmt: skip
         assert {
             key: (len(file["images"][key]), file["images"][key].dtype.kind) for key in file["images"]

@@ -35,6 +35,7 @@ class Result:
         levels: uint8, (N, H, W), the maps as steps of a colour map; overlays: uint8, (N, 3, H, W); each by label,
             where the config asks for pictures made of them.
         pixels: what the model saw, uint8 (B, 3, H, W).
+        unscored: (source index, reason) of each image whose ground truth could not be read.
     """
 
     images: list[int]
@@ -46,7 +47,12 @@ class Result:
     levels: dict[str, Tensor] = field(default_factory=dict)
     overlays: dict[str, Tensor] = field(default_factory=dict)
     pixels: Tensor | None = None
+    unscored: list[tuple[int, str]] = field(default_factory=list)
     arrived: torch.cuda.Event | None = None
+
+    def lose(self, place: int, reason: str) -> None:
+        """Note that the image at ``place`` has no ground truth."""
+        self.unscored.append((self.images[place], reason))
 
     def wait(self) -> Result:
         """Return once the copies from the device have arrived."""
@@ -122,7 +128,8 @@ def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
         add_pictures(plan, result, pixels)
         if plan.scoring.pairs:
             forward.settle()  # the graph has done its work
-            truth = truth_of(plan, score, [sources[row] for row in batch.rows], batch.geometry)
+            seen = [sources[row] for row in batch.rows]
+            truth = truth_of(plan, score, seen, batch.geometry, result.lose)
             result.columns |= measured(plan, score, x, result.maps, truth)
     return result
 

@@ -18,7 +18,7 @@ from xcli.batches import Result
 from xcli.entries import MethodSpec
 from xcli.images import BadImage, Source, read_image
 from xcli.panels import CELL, PanelRow, panel
-from xcli.parts import Array, axis
+from xcli.parts import Array, Attrs, axis
 from xcli.pictures import Namer, PictureWriter, picture_path
 from xcli.plan import Plan
 from xcli.preprocess import Geometry
@@ -36,12 +36,13 @@ class PartBuilder:
     """Gathers the results of one part's images and gives its columns; maps are compressed in ``pool`` meanwhile."""
 
     def __init__(self, plan: Plan, rows: slice, sources: Sequence[Source], pool: Executor) -> None:
-        self.plan, self.rows, self.pool = plan, rows, pool
+        self.plan, self.rows, self.pool, self.sources = plan, rows, pool, sources[rows]
         count = rows.stop - rows.start
         self.label = np.asarray([plan.label(source) for source in sources[rows]], np.int64)
         self.width, self.height = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self.error = [""] * count
         self.seen = 0
+        self.truthless = False  # whether some image's ground truth could not be read
         self.owners: list[int] = []
         self.columns: dict[str, list[Array]] = {}
         self.maps: dict[str, list[Array]] = {spec.label: [] for spec in plan.methods}
@@ -59,6 +60,7 @@ class PartBuilder:
             self.error[row - self.rows.start] = reason
         for row, geometry in zip(result.images, result.geometry, strict=True):
             self.height[row - self.rows.start], self.width[row - self.rows.start] = geometry.original
+        self.truthless |= bool(result.unscored)
         self.seen += len(result.images) + len(result.failed)
         if not len(result.image):
             return
@@ -82,6 +84,7 @@ class PartBuilder:
             "images/label": self.label,
             "images/width": self.width,
             "images/height": self.height,
+            "images/bytes": np.asarray([source.size for source in self.sources], np.int64),
             "images/status": failed,
             "images/error": self.error,
             "explanations/image": np.asarray(self.owners, np.int64),
@@ -103,8 +106,8 @@ class PartBuilder:
             columns[name] = joined.astype(np.float32) if real else joined
         for label in self.maps:
             columns[f"heatmaps/{label}"] = self._column(label)
-        maps = {f"heatmaps/{spec.label}": attributes(self.plan, spec) for spec in self.plan.methods}
-        return Part(columns, {**maps, **scored_attributes(self.plan, columns)})
+        maps: dict[str, Attrs] = {f"heatmaps/{s.label}": attributes(self.plan, s) for s in self.plan.methods}
+        return Part(columns, {**maps, **scored_attributes(self.plan, columns, truth=not self.truthless)})
 
     def _column(self, label: str) -> Column:
         shape = self.plan.shapes[label]
@@ -126,10 +129,19 @@ def attributes(plan: Plan, spec: MethodSpec) -> dict[str, str]:
     }
 
 
-def scored_attributes(plan: Plan, columns: Container[str]) -> dict[str, dict[str, str]]:
-    """What results.h5 says about the columns of metrics, by their path."""
+def scored_attributes(
+    plan: Plan, columns: Container[str], *, images: bool = True, truth: bool = True
+) -> dict[str, dict[str, str | int | float]]:
+    """What results.h5 says about the columns of metrics, by their path.
+
+    Args:
+        images, truth: whether every image, and every ground truth, could be read; else the columns are not complete.
+    """
     return {
-        path: scoring.attributes(plan.config, metric)
+        path: {
+            **scoring.attributes(plan.config, metric),
+            "complete": images and (truth or "truth" not in metric.metric.consumes),
+        }
         for label, metric in plan.scoring.pairs
         for path in (f"metrics/{label}/{metric.label}", f"curves/{label}/{metric.label}")
         if path in columns

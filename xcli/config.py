@@ -154,15 +154,20 @@ def load_config(
     return checked(draft, DEFAULT_NAME if path is None else Path(path).stem)
 
 
-def _finish(draft: Draft, changes: Changes, metrics: Sequence[str]) -> None:
-    """Make the changes, and fill in the metrics where nobody names any."""
+def _finish(draft: Draft, changes: Changes, metrics: Sequence[str], kept: Sequence[str] = ()) -> None:
+    """Make the changes, and fill in the metrics where nobody names any; ``kept`` stay beside those chosen."""
     if metrics and not draft.data.get("metrics"):
         draft.data["metrics"] = list(metrics)
-    changes.made(draft)
+    changes.made(draft, kept)
 
 
 def recorded_config(
-    text: str, file: str, changes: Changes | None = None, *, metrics: Sequence[str] = ()
+    text: str,
+    file: str,
+    changes: Changes | None = None,
+    *,
+    metrics: Sequence[str] = (),
+    kept: Sequence[str] = (),
 ) -> Config:
     """The config that a run wrote down, changed as the command line says; ``file`` names it in messages.
 
@@ -171,7 +176,7 @@ def recorded_config(
     """
     draft = drafted(read_yaml(text, file), file)
     before = checked(drafted(read_yaml(text, file), file), "run")
-    _finish(draft, changes or Changes(), metrics)
+    _finish(draft, changes or Changes(), metrics, kept)
     config = checked(draft, "run")
     if config.fingerprint() != before.fingerprint():
         raise ConfigError(

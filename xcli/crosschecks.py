@@ -60,7 +60,8 @@ def gate_issues(
     from xcli.methods.baselines import BASELINES
 
     labels = [spec.label for spec in methods]
-    beside = [name for name in BASELINES if sections.baselines and name not in labels]
+    taken = {label.casefold() for label in labels}
+    beside = [name for name in BASELINES if sections.baselines and name not in taken]
     plain = {spec.label for spec in methods if spec.name in BASELINES} | set(beside)
     issues = []
     for i, text in enumerate(sections.gates):

@@ -27,6 +27,9 @@ PAPER = "paper"
 LABEL = r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,99}"
 """What names a result must be safe as a folder and in HDF5."""
 
+METRIC_LABEL = r"[A-Za-z0-9_][A-Za-z0-9_+-]{0,99}"
+"""Without a dot, which in results.h5 sets a metric's further columns apart."""
+
 SCORES: tuple[str, ...] = get_args(ScoreChoice)
 
 
@@ -96,10 +99,26 @@ class Kind(NamedTuple):
     word: str
     table: Callable[[], Mapping[str, type[Any]]]
     common: tuple[str, ...]
+    label: str
+    letters: str
 
 
-METHODS = Kind("methods", "method", registry.methods, ("name", "as", "preset", "score"))
-METRICS = Kind("metrics", "metric", registry.metrics, ("name", "as", "preset"))
+METHODS = Kind(
+    "methods",
+    "method",
+    registry.methods,
+    ("name", "as", "preset", "score"),
+    LABEL,
+    "letters, digits, . _ + and -",
+)
+METRICS = Kind(
+    "metrics",
+    "metric",
+    registry.metrics,
+    ("name", "as", "preset"),
+    METRIC_LABEL,
+    "letters, digits, _ + and -",
+)
 
 
 class _Entry(NamedTuple):
@@ -188,10 +207,8 @@ def _built(cls: type[Any], options: Mapping[str, Any], kind: Kind) -> tuple[Any,
 def _common_issues(entry: Mapping[str, Any], cls: type[Any], kind: Kind) -> list[Issue]:
     issues = []
     label, preset, score = entry.get("as"), entry.get("preset", PAPER), entry.get("score", "auto")
-    if "as" in entry and not (isinstance(label, str) and re.fullmatch(LABEL, label)):
-        issues.append(
-            Issue(("as",), f"a result's name takes letters, digits, . _ + and -; got {shown(label)}")
-        )
+    if "as" in entry and not (isinstance(label, str) and re.fullmatch(kind.label, label)):
+        issues.append(Issue(("as",), f"a result's name takes {kind.letters}; got {shown(label)}"))
     if preset not in (presets := [PAPER, *cls.presets]):
         issues.append(Issue(("preset",), not_one_of(preset, presets, f"{cls.name} has the presets ")))
     if "score" in kind.common and score not in SCORES:

@@ -6,13 +6,10 @@ kill. They lie in ``evaluation/`` until all are there; then results.h5 is writte
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,25 +22,23 @@ from torch import Tensor
 from xcli.batches import Result, in_halves, sent
 from xcli.collect import scored_attributes
 from xcli.config import Config
-from xcli.durable import failpoint, locked, make_folder, shown, write_file, writing
-from xcli.errors import ConfigError
+from xcli.durable import locked, shown
+from xcli.errors import ConfigError, InputError
 from xcli.forward import Forward
 from xcli.images import Batch, Source
-from xcli.merge import LOCKS, RECORD_LOCK, build, current_layout
-from xcli.parts import Array, Part, part_bytes
-from xcli.pipeline import results
+from xcli.merge import EVALUATION_LOCK, LOCKS, current_layout
+from xcli.parts import Array, Part
+from xcli.pipeline import aligned, results
 from xcli.plan import Plan, prepared
 from xcli.progress import Reporter
 from xcli.record import RESULTS, Saved, load
 from xcli.results import RunResults, open_run
+from xcli.scoreparts import Work, tidy
 from xcli.scoring import Pair, all_pairs, identity, measured, truth_of
 from xcli.signals import interruptible
-from xcli.summaries import add_summaries
-from xcli.survey import Piece, is_score, parts_of
 from xcli.targets import ClassRows
 
 LOG = logging.getLogger(__name__)
-FOLDER, STATE = "evaluation", "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,9 @@ def evaluate_run(root: Path, config: Config, progress: Reporter) -> Evaluated:
     saved = finished(root)
     todo = missing(root, config)
     if not todo:
-        discard(root)
+        tidy(root)
         return Evaluated(0, 0, {}, 0.0)
-    with interruptible() as signals, locked(root / LOCKS / "evaluation.lock"):
+    with interruptible() as signals, locked(root / LOCKS / EVALUATION_LOCK):
         if not (todo := missing(root, config)):  # another process was faster
             return Evaluated(0, 0, {}, 0.0)
         needed = {label for label, _ in todo}
@@ -114,101 +109,6 @@ def missing(root: Path, config: Config) -> tuple[Pair, ...]:
         )
 
 
-# ---- parts --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Work:
-    """The parts of one evaluation, in ``root/evaluation``."""
-
-    root: Path
-    saved: Saved
-    config: Config
-    length: int  # images a part
-
-    @classmethod
-    def open(cls, root: Path, saved: Saved, plan: Plan) -> Work:
-        """Go on with the evaluation that was begun, where it is this one; else begin it."""
-        wanted = [[label, identity(plan.config, spec)] for label, spec in plan.scoring.pairs]
-        told = json.dumps([wanted, saved.record.fingerprint, saved.digest])
-        state = {"of": hashlib.sha256(told.encode()).hexdigest(), "length": plan.part_length}
-        path = root / FOLDER / STATE
-        try:
-            before = json.loads(path.read_bytes())
-            if before["of"] == state["of"]:
-                return cls(root, saved, plan.config, int(before["length"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none was begun, or what is left of it cannot be used
-        discard(root)
-        make_folder(root / FOLDER)
-        write_file(path, json.dumps(state).encode(), path.with_suffix(".tmp"), "evaluation")
-        return cls(root, saved, plan.config, plan.part_length)
-
-    def pieces(self) -> list[Piece]:
-        """The parts, done or not."""
-        count = len(self.saved.inputs)
-        starts = range(0, count, self.length)
-        return [
-            Piece(self.root / FOLDER / f"{n:05d}.h5", slice(start, min(start + self.length, count)), is_score)
-            for n, start in enumerate(starts)
-        ]
-
-    def commit(self, piece: Piece, part: Part) -> None:
-        """Make a part final. Raises ``OutputUnwritable``; earlier parts are as before."""
-        paths = [item.path for item in self.saved.inputs[piece.images]]
-        data = part_bytes(part, paths, self.saved.record.fingerprint, "gzip")
-        write_file(piece.path, data, piece.path.with_suffix(".tmp"), "scores")
-
-    def join(self, done: Sequence[Pair]) -> None:
-        """Write results.h5 anew with the scores of ``done`` in it, and remove the parts.
-
-        Scores of the same name that were made with other options go: one name means one metric in a run.
-        """
-        replaced = {f"{label}/{spec.label}" for label, spec in done} | self.outdated(done)
-
-        def stays(key: str) -> bool:
-            path = key.partition("/")[2]
-            return not is_score(key) or not any(f"{path}.".startswith(f"{one}.") for one in replaced)
-
-        with locked(self.root / LOCKS / RECORD_LOCK, wait=None):
-            layout = current_layout(self.root, self.saved)
-            if layout is None:
-                raise ConfigError(f"the run in {shown(self.root)} has changed meanwhile; evaluate it again")
-            whole = slice(0, len(self.saved.inputs))
-            if layout == "merged":
-                layers = [[Piece(self.root / RESULTS, whole, stays)]]
-            else:
-                maps = [piece._replace(keeps=is_no_score) for piece in parts_of(self.root, self.saved)]
-                layers = [maps, [Piece(self.root / RESULTS, whole, lambda key: is_score(key) and stays(key))]]
-            build(self.root, self.saved, [*layers, self.pieces()], layout, add_summaries)
-        discard(self.root)
-
-    def outdated(self, done: Sequence[Pair]) -> set[str]:
-        """The scores in results.h5, ``label/metric``, that are called like new ones and are made in another way."""
-        new = {spec.label: identity(self.config, spec) for _, spec in done}
-        with open_run(self.root) as run:
-            return {
-                f"{label}/{metric}"
-                for label in run.scored
-                for metric in {**run.metrics(label), **run.curves(label)}
-                if metric in new and run.metric_attrs(label, metric).get("identity") != new[metric]
-            }
-
-
-def is_no_score(key: str) -> bool:
-    """Whether the dataset ``key`` is there before any evaluation."""
-    return not is_score(key)
-
-
-def discard(root: Path) -> None:
-    """Remove what an evaluation has left."""
-    folder = root / FOLDER
-    if folder.is_dir():
-        with writing(folder):
-            failpoint("discard-evaluation")
-            shutil.rmtree(folder)
-
-
 # ---- images and maps ----------------------------------------------------------------------------------------------
 
 
@@ -243,21 +143,34 @@ def score_parts(plan: Plan, work: Work, progress: Reporter) -> tuple[int, dict[s
     progress.say(f"scoring {pairs} pairs of method and metric on {plan.device}, batches of {plan.batch_size}")
     with open_run(work.root) as run, progress:
         stored = Stored(run)
-        own = [[i for i in range(p.images.start, p.images.stop) if i in owners] for p in left] if (
-            owners := set(stored.image.tolist())
-        ) else [[] for _ in left]  # fmt: skip
-        total = len(owners)
-        progress.start(total, total - sum(map(len, own)), "scoring")
-        again = partial(rescored, stored)
-        for piece, images in zip(left, own, strict=True):
-            builder = Builder(plan, stored, stored.span(piece.images))
-            with closing(results(plan, inputs, [images], threads, again)) as found:
-                for result in found:
-                    builder.add(result.wait())
-                    failed |= {inputs[row].path: reason for row, reason in result.failed}
+        owners = np.unique(stored.image)
+        own = [owners[np.searchsorted(owners, p.images.start) : np.searchsorted(owners, p.images.stop)].tolist()
+               for p in left]  # fmt: skip
+        progress.start(len(owners), len(owners) - sum(map(len, own)), "scoring")
+        runs = aligned(own, plan.batch_size)
+        with closing(results(plan, inputs, runs, threads, partial(rescored, stored))) as found:
+            for piece, images in zip(left, own, strict=True):
+                builder = Builder(plan, stored, stored.span(piece.images))
+                seen = 0
+                while seen < len(images):
+                    result = next(found).wait()
+                    builder.add(result)
+                    failed |= {inputs[row].path: reason for row, reason in (*result.failed, *result.unscored)}
+                    seen += len(result.images) + len(result.failed)
                     progress.advance(len(result.images) + len(result.failed), len(result.failed))
-            work.commit(piece, builder.part())
+                refuse_to_lose_all(work.root, len(owners), failed)
+                work.commit(piece, builder.part())
     return sum(map(len, own)), failed
+
+
+def refuse_to_lose_all(root: Path, count: int, failed: Mapping[str, str]) -> None:
+    """Raise ``InputError`` where not one image of the run can be read any more, before its scores are written."""
+    if count and len(failed) == count:
+        path, reason = next(iter(failed.items()))
+        raise InputError(
+            f"none of the images of the run in {shown(root)} can be scored, the first is {shown(path)}: {reason}; "
+            "run this where they can be found by the same paths"
+        )
 
 
 def rescored(stored: Stored, plan: Plan, batch: Batch, sources: Sequence[Source]) -> Iterator[Result]:
@@ -288,8 +201,8 @@ def scored_again(plan: Plan, stored: Stored, sources: Sequence[Source], batch: B
     score = plan.score(forward, own, [source.path for source in seen])
     names = dict.fromkeys(label for label, _ in plan.scoring.pairs if label in stored.run.names)
     maps = {name: read(stored, name, rows).to(plan.device) for name in names}
-    truth = truth_of(plan, score, seen, batch.geometry)
     result = Result(list(batch.rows), batch.failed, batch.geometry, torch.from_numpy(rows))
+    truth = truth_of(plan, score, seen, batch.geometry, result.lose)
     result.columns = measured(plan, score, x, maps, truth)
     return sent(plan, result)
 
@@ -310,9 +223,12 @@ class Builder:
             for path, tail in tails.items()
         }
         self.owners = stored.image[span]
+        self.images = self.truth = True  # whether all could be read
 
     def add(self, result: Result) -> None:
         """Take in a batch; ``result.image`` holds its rows of the whole run."""
+        self.images &= not result.failed
+        self.truth &= not result.unscored
         rows = result.image.numpy() - self.span.start
         for path, values in result.columns.items():
             if path.endswith(".fraction"):
@@ -323,4 +239,4 @@ class Builder:
     def part(self) -> Part:
         """The columns and attributes of the part."""
         columns = {"explanations/image": self.owners, **self.columns}
-        return Part(columns, scored_attributes(self.plan, columns))
+        return Part(columns, scored_attributes(self.plan, columns, images=self.images, truth=self.truth))

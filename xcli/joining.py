@@ -43,6 +43,7 @@ def joined(
         refuse_other_models(runs)
         refuse_other_rows(runs, len(rows[0]))
     refuse_other_options(runs)
+    refuse_other_pictures(runs)
     if not len(rows[0]):
         raise ConfigError("the runs share no row: no image path with the same target is in all of them")
     tables = [run.take(place) for run, place in zip(runs, rows, strict=True)]
@@ -80,6 +81,19 @@ def refuse_other_rows(runs: Sequence[ScoreTable], shared: int) -> None:
             f"these runs explain different rows (image path and target): {counts}, of which {shared} are shared; "
             f"{remedy}"
         )
+
+
+def refuse_other_pictures(runs: Sequence[ScoreTable]) -> None:
+    """Raise ``ConfigError`` where files of one name are of different sizes: other pictures, which no path can match."""
+    known: dict[str, tuple[int, str]] = {}
+    for run in runs:
+        for path, size in zip(run.paths, run.sizes, strict=False):
+            before, first = known.setdefault(path, (size, run.name))
+            if before != size:
+                raise ConfigError(
+                    f"these runs explain different pictures of one name: {path} has {before} bytes in {first}, {size} "
+                    f"in {run.name}"
+                )
 
 
 def refuse_other_options(runs: Sequence[ScoreTable]) -> None:

@@ -19,9 +19,9 @@ from xcli.durable import failpoint, locked, publish, removed_on_error, shown, wr
 from xcli.errors import ConfigError
 from xcli.parts import SCHEMA, STRING, is_map, printable, write_attrs
 from xcli.record import PARTS, RESULTS, Saved, load, part_numbers, part_path
-from xcli.survey import Layout, Piece, Survey, parts_of, reading
+from xcli.survey import Layout, Piece, Survey, is_score, parts_of, reading
 
-LOCKS, RECORD_LOCK = "locks", "record.lock"
+LOCKS, RECORD_LOCK, EVALUATION_LOCK = "locks", "record.lock", "evaluation.lock"
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -83,10 +83,22 @@ def merge_run(root: str | Path, layout: Layout | None = None, finish: Finish | N
             raise ConfigError(_unfinished(root, gaps))
         wanted = layout or cast(Layout, saved.record.resolved.get("layout", "merged"))
         if current_layout(root, saved) not in ("merged", wanted):
-            build(root, saved, [parts_of(root, saved)], wanted, finish)
+            build(root, saved, layers_of(root, saved, wanted), wanted, finish)
         if current_layout(root, saved) == "merged":
             drop_parts(root)
     return root / RESULTS
+
+
+def layers_of(root: Path, saved: Saved, layout: Layout) -> list[list[Piece]]:
+    """The parts; and where they are kept, the scores that only the results.h5 of before an update has."""
+    parts = parts_of(root, saved)
+    if layout == "merged" or not (root / RESULTS).exists():
+        return [parts]
+    with reading(root / RESULTS) as file:
+        count, mine = len(file["images/path"]), file.attrs.get("fingerprint") == saved.record.fingerprint
+    held = set(Survey.of([parts], saved).columns)
+    older = Piece(root / RESULTS, slice(0, count), lambda key: is_score(key) and key not in held)
+    return [parts, [older]] if mine else [parts]
 
 
 def _unfinished(root: Path, gaps: Sequence[int]) -> str:

@@ -223,14 +223,14 @@ class Changes:
     against: str | None = None
     baselines: bool | None = None
 
-    def made(self, draft: Draft) -> None:
-        """Change ``draft``."""
+    def made(self, draft: Draft, kept: Sequence[str] = ()) -> None:
+        """Change ``draft``; ``metrics`` that are called as ``kept`` says stay, whichever are chosen."""
         for text in self.overrides:
             set_value(draft, text)
         if self.methods is not None:
             choose(draft, "methods", self.methods)
         if self.metrics is not None:
-            choose(draft, "metrics", self.metrics)
+            choose(draft, "metrics", ",".join([self.metrics, *kept]) if self.metrics.strip(" ,") else "")
         if self.inputs:
             put(
                 draft,

@@ -101,7 +101,7 @@ def axis(key: str) -> Literal["images", "rows", "shared"]:
     """What the first dimension of the dataset ``key`` counts; ``shared``: it is the same in every part."""
     if key.startswith("images/"):
         return "images"
-    return "shared" if key.endswith(".fraction") else "rows"
+    return "shared" if key.startswith("curves/") and key.endswith(".fraction") else "rows"
 
 
 def is_map(key: str) -> bool:

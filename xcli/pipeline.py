@@ -170,7 +170,7 @@ def work(plan: Plan, store: Store, progress: Reporter) -> Done:
         progress.say(f"going on: {share - own} of {share} images are done")
     LOG.info("decided: %s", plan.resolved())
     failed = 0
-    runs = aligned([rows for _, rows in todo], plan.batch_size)
+    runs = aligned((range(rows.start, rows.stop) for _, rows in todo), plan.batch_size)
     workers = plan.config.runtime.workers
     threads = min(8, os.cpu_count() or 1) if workers == "auto" else workers
     with ExitStack() as undo:
@@ -227,12 +227,12 @@ def results(
     yield from started
 
 
-def aligned(parts: Sequence[slice], batch: int) -> Iterator[list[int]]:
+def aligned(parts: Iterable[Iterable[int]], batch: int) -> Iterator[list[int]]:
     """The rows of all parts in as few runs as possible, such that a batch never reaches into the next part: the
     batches, and with them the last bits of the numbers, are the same whichever parts were done before."""
     run: list[int] = []
     for rows in parts:
-        run += range(rows.start, rows.stop)
+        run += rows
         if len(run) % batch:
             yield run
             run = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,5 +246,5 @@ def png(figure: Figure) -> bytes:
 def save(path: Path, data: bytes) -> Path:
     """Replace ``path`` by ``data`` in one step."""
     make_folder(path.parent)
-    write_file(path, data, path.with_name(f"{path.name}.tmp"), "picture")
+    write_file(path, data, path.with_name(f"{path.name}.{os.getpid()}.tmp"), "picture")
     return path

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from xcli.entries import LABEL, METHODS, METRICS, PAPER, SCORES, Kind
+from xcli.entries import METHODS, METRICS, PAPER, SCORES, Kind
 from xcli.sections import Sections
 from xcli.template import init_text as init_text
 
@@ -61,7 +61,7 @@ def entry_schema(cls: type[Any], kind: Kind) -> Schema:
         "name": {"const": cls.name, "description": claim},
         "as": {
             "type": "string",
-            "pattern": f"^{LABEL}$",
+            "pattern": f"^{kind.label}$",
             "description": f"name of the result, where it is not the {kind.word}'s",
         },
         "preset": {

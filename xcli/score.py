@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from xcli.layers import Layer, Layers
 from xcli.replay import Replay
 from xcli.targets import Rows, Scale
 
+Kept = TypeVar("Kept")
 Copies = Tensor | Callable[[Tensor], Tensor]
 """Inputs (M, C, H, W), or a pure function that makes those of an index (m,): a retry calls it again."""
 
@@ -69,7 +70,7 @@ class Score:
     def scaled(self, scale: Scale) -> Score:
         """The same rows in another unit: logit, probability, log-probability or contrast; one object a unit."""
         if scale not in self.scales:
-            self.scales[scale] = replace(self, rows=self.rows.scaled(scale), memo={})
+            self.scales[scale] = replace(self, rows=self.rows.scaled(scale), memo={}, scales={})
         return self.scales[scale]
 
     def retarget(self, target: Tensor) -> Score:
@@ -159,12 +160,18 @@ class Score:
 
         return self.once((x, "logits"), known)  # a tensor is a key by identity
 
-    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """``make()``, computed the first time that ``key`` is asked of this score: for what several metrics share."""
         if key not in self.memo:
             self.memo[key] = make()
-        found: Tensor = self.memo[key]
+        found: Kept = self.memo[key]
         return found
+
+    def forget(self, key: object) -> None:
+        """Drop what was kept ``once`` for ``key``, in every unit: an object that is done with, such as a map."""
+        for score in (self, *self.scales.values()):
+            for kept in [k for k in score.memo if isinstance(k, tuple) and any(part is key for part in k)]:
+                del score.memo[kept]
 
     def values(self, x: Tensor, row: Tensor) -> Tensor:
         """``at`` in one pass, without chunks, in whatever grad mode the caller is: a differentiable (M,)."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from xcli.config import Config, recorded_config
+from xcli.errors import ConfigError
 from xcli.evaluation import Evaluated, evaluate_run, finished
-from xcli.gates import Verdict, judge, lines, parse
+from xcli.gates import Verdict, judge, lines, parse, resolve
 from xcli.images import Source
 from xcli.intervals import estimates
+from xcli.methods.baselines import BASELINES
 from xcli.overrides import Changes
 from xcli.pipeline import Summary, explain_folder
 from xcli.plots import curves
@@ -21,6 +23,7 @@ from xcli.progress import Reporter
 from xcli.record import RUN
 from xcli.results import open_run
 from xcli.scoretable import ScoreTable, read_scores, write_csv
+from xcli.scoring import baseline_specs
 
 DEFAULT_METRICS = ("deletion", "insertion", "road")
 """What is scored where neither the config nor the command line says."""
@@ -37,14 +40,12 @@ class Scorecard:
         evaluated: what was computed now.
         scores: of the whole run.
         verdicts: of each gate for each method it is about.
-        curves: the pictures that were drawn.
     """
 
     root: Path
     evaluated: Evaluated
     scores: ScoreTable
     verdicts: tuple[Verdict, ...]
-    curves: tuple[Path, ...]
 
     @property
     def exit_code(self) -> int:
@@ -90,8 +91,24 @@ def nullable(value: float) -> float | None:
 
 
 def reference_of(config: Config) -> ScoreTable | None:
-    """The run that gates are held against. Raises ``InputError`` where there is none: before anything is run."""
-    return None if config.against is None else read_scores(config.against)
+    """The run that gates are held against.
+
+    Raises, before anything is run:
+        InputError: there is none. ConfigError: it lacks what a gate compares with it.
+    """
+    if config.against is None:
+        return None
+    reference = read_scores(config.against)
+    labels = [spec.label for spec in (*config.methods, *baseline_specs(config))]
+    plain = [spec.label for spec in (*config.methods, *baseline_specs(config)) if spec.name in BASELINES]
+    for gate in filter(lambda gate: gate.reference, map(parse, config.gates)):
+        for method, metric in resolve(gate, labels, [spec.label for spec in config.metrics], plain):
+            if (method, metric) not in reference.columns:
+                raise ConfigError(
+                    f"gate {gate.text!r}: the reference {reference.name} has no {metric} of {method}; score it first: "
+                    f"xai evaluate {config.against} --metrics {metric}"
+                )
+    return reference
 
 
 def scorecard(root: Path, config: Config, reference: ScoreTable | None, progress: Reporter) -> Scorecard:
@@ -102,10 +119,11 @@ def scorecard(root: Path, config: Config, reference: ScoreTable | None, progress
     """
     evaluated = evaluate_run(root, config, progress)
     scores = read_scores(root)
-    write_csv(scores, root / CSV)
-    drawn = curves(scores, root)
-    verdicts = [verdict for gate in config.gates for verdict in judge(parse(gate), scores, reference)]
-    return Scorecard(root, evaluated, scores, tuple(verdicts), tuple(drawn))
+    verdicts = tuple(verdict for gate in config.gates for verdict in judge(parse(gate), scores, reference))
+    if evaluated.pairs or not (root / CSV).exists():
+        write_csv(scores, root / CSV)
+        curves(scores, root)
+    return Scorecard(root, evaluated, scores, verdicts)
 
 
 def explain_and_score(
@@ -129,27 +147,52 @@ def explain_and_score(
     return summary, scorecard(Path(summary.output), config, reference, progress)
 
 
-def add_baselines(root: Path, progress: Reporter) -> Evaluated:
-    """Score random, centre and sobel with every metric that the run in ``root`` has, where that is not done yet.
-
-    Raises:
-        XaiError: as ``evaluate_run``.
-    """
+def stored_metrics(root: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The metrics that the run in ``root`` has, as entries of a config; and other keys of it that they depend on."""
     known: dict[str, dict[str, Any]] = {}
     with open_run(root) as run:
         for label in run.scored:
-            for metric in {**run.metrics(label), **run.summary(label)}:
-                attrs = run.metric_attrs(label, metric)
-                if "metric" in attrs:
-                    known.setdefault(metric, attrs)
-    if not known:
-        return Evaluated(0, 0, {}, 0.0)
+            for metric, attrs in run.measured(label).items():
+                known.setdefault(metric, attrs)
     entries = [
         {"name": attrs["metric"], "as": label, "preset": attrs["preset"], **json.loads(attrs["params"])}
         for label, attrs in known.items()
     ]
-    around = {key: attrs[key] for attrs in known.values() for key in SURROUNDINGS if key in attrs}
-    changes = [f"metrics={json.dumps(entries)}", *(f"{key}={value}" for key, value in around.items())]
-    text = finished(root).record.config
-    config = recorded_config(text, str(root / RUN), Changes(overrides=changes, baselines=True))
-    return evaluate_run(root, config, progress)
+    return entries, {key: attrs[key] for attrs in known.values() for key in SURROUNDINGS if key in attrs}
+
+
+def config_of_run(root: Path, changes: Changes) -> Config:
+    """The config to score the finished run in ``root`` with: what it wrote down, the metrics that it has, the changes.
+
+    Metrics that are chosen come first; those that the run has stay among them, with their options, so that gates may
+    name them. Without any, ``DEFAULT_METRICS``. Baselines stay as they are, unless the changes say otherwise.
+
+    Raises:
+        InputError: there is no finished run. InvalidConfigError: what is wrong with the changes.
+    """
+    saved = finished(root)
+    entries, around = stored_metrics(root)
+    with open_run(root) as run:
+        beside = bool(set(run.scored) & set(BASELINES) - set(run.names))
+    before = [f"{key}={value}" for key, value in around.items()]
+    overrides = [*before, *([f"metrics={json.dumps(entries)}"] if entries else []), *changes.overrides]
+    baselines = True if beside and changes.baselines is None else changes.baselines
+    wanted = replace(changes, overrides=overrides, baselines=baselines)
+    return recorded_config(
+        saved.record.config, str(root / RUN), wanted, metrics=DEFAULT_METRICS, kept=[e["as"] for e in entries]
+    )
+
+
+def add_baselines(root: Path, progress: Reporter, metrics: Sequence[str] | None = None) -> Evaluated:
+    """Score random, centre and sobel with the metrics that the run in ``root`` has, where that is not done yet.
+
+    Args:
+        metrics: with these alone.
+    Raises:
+        XaiError: as ``evaluate_run``.
+    """
+    if not stored_metrics(root)[0]:
+        return Evaluated(0, 0, {}, 0.0)
+    config = config_of_run(root, Changes(baselines=True))
+    chosen = tuple(spec for spec in config.metrics if metrics is None or spec.label in metrics)
+    return evaluate_run(root, replace(config, metrics=chosen), progress)

@@ -41,6 +41,7 @@ class Column:
     Attributes:
         kind: the metric's registered name; params: its options.
         direction: ``higher`` or ``lower``, whichever is better.
+        identity: tells apart what is measured with another ground truth or other checkpoints; empty where unknown.
         values: (rows,), NaN where not defined; ``None`` where it is one number a run alone.
         summary: the number of the run; ``None`` where the mean of the values says it all.
     """
@@ -50,6 +51,7 @@ class Column:
     direction: str
     values: Floats | None
     summary: float | None
+    identity: str = ""
 
     def take(self, rows: Indices) -> Column:
         """The column of these rows; the number of the run stays that of all."""
@@ -61,6 +63,8 @@ class Column:
             return f"{self.kind} and {other.kind}"
         told = [dict(self.params), dict(other.params)]
         keys = [key for key in sorted({*told[0], *told[1]}) if told[0].get(key) != told[1].get(key)]
+        if not keys and self.identity and other.identity and self.identity != other.identity:
+            return "another ground truth, or other checkpoints"
         return ", ".join(f"{key} {told[0].get(key)} and {told[1].get(key)}" for key in keys)
 
 
@@ -79,7 +83,7 @@ class ScoreTable:
         name: of the run, for messages: its folder's.
         file: its results.h5.
         attrs: what the run notes about itself: model, weights_sha256, ...
-        paths: (images,), the images' paths.
+        paths: (images,), the images' paths; sizes: of their files in bytes, none where the run does not say.
         image: (rows,), row of ``paths``; target: (rows,), the class explained.
         columns: by (method, metric).
         baselines: the methods that know nothing of the network.
@@ -89,6 +93,7 @@ class ScoreTable:
     file: Path
     attrs: Mapping[str, Any]
     paths: Sequence[str]
+    sizes: Sequence[int]
     image: Indices
     target: Indices
     columns: Mapping[tuple[str, str], Column]
@@ -178,6 +183,7 @@ def read_scores(path: str | Path, name: str | None = None) -> ScoreTable:
             file,
             attrs,
             list(stored["images/path"].asstr()[...]),
+            stored["images/bytes"][...].tolist() if "images/bytes" in stored else (),
             np.asarray(stored["explanations/image"][...]),
             np.asarray(stored["explanations/target"][...]),
             {
@@ -203,6 +209,7 @@ def _columns(stored: h5py.File, label: str) -> Iterator[tuple[str, Column]]:
                     str(attrs["direction"]),
                     None if values is None else np.asarray(values[...]),
                     None if summary is None else float(summary[()]),
+                    str(attrs.get("identity", "")),
                 ),
             )
 
@@ -239,7 +246,7 @@ def write_csv(scores: ScoreTable, path: Path) -> None:
     Raises:
         OutputUnwritable: ``path`` is then as before.
     """
-    tmp = path.with_name(f"{path.name}.tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     make_folder(path.parent)
     with writing(path), removed_on_error(tmp):
         with tmp.open("w", encoding="utf-8", newline="") as file:

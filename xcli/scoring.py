@@ -6,10 +6,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from xcli.annotations import Annotations, TruthSpec, truth
 from xcli.config import Config
 from xcli.entries import MethodSpec, MetricSpec
-from xcli.errors import InputError
+from xcli.errors import InputError, MemoryExhausted
+from xcli.execution import out_of_memory
 from xcli.images import Source
 from xcli.methods.base import reduced, resized
 from xcli.methods.baselines import BASELINES
@@ -123,7 +125,12 @@ def scoring_of(
 
 def identity(config: Config, spec: MetricSpec) -> str:
     """What a metric's numbers depend on beside the maps, as a hash: its options, the ground truth, checkpoints."""
-    told = {"name": spec.name, "params": json.loads(json.dumps(spec.params)), **surroundings(config, spec)}
+    told: dict[str, Any] = {"name": spec.name, "params": json.loads(json.dumps(spec.params))}
+    if "truth" in spec.metric.consumes and (section := config.images.truth_section) is not None:
+        how = section.model_dump(mode="json", exclude={"path"})
+        told["truth"] = [how, content(section.path)]
+    if "models" in spec.metric.consumes:
+        told["models"] = [content(file) for file in getattr(config.model, "checkpoints", ())]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -135,6 +142,25 @@ def surroundings(config: Config, spec: MetricSpec) -> dict[str, str]:
     if "models" in spec.metric.consumes:
         found["model.checkpoints"] = json.dumps(getattr(config.model, "checkpoints", ()))
     return found
+
+
+def content(path: str) -> str:
+    """A hash of the file or of all files below the folder ``path``, by name and content; of none, where it is not."""
+    root = Path(path)
+    files = sorted(found for found in root.rglob("*") if found.is_file()) if root.is_dir() else [root]
+    told = [(str(file.relative_to(root)), file.stat()) for file in files if file.is_file()]
+    return _hashed(path, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in told))
+
+
+@lru_cache(maxsize=64)
+def _hashed(path: str, files: tuple[tuple[str, int, int], ...]) -> str:
+    """Read again only where a size or a time has changed."""
+    found = hashlib.sha256()
+    for name, _, _ in files:
+        found.update(name.encode("utf-8", "surrogateescape"))
+        with (Path(path) / name).open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def attributes(config: Config, spec: MetricSpec) -> dict[str, str]:
@@ -152,15 +178,23 @@ def attributes(config: Config, spec: MetricSpec) -> dict[str, str]:
 
 
 def truth_of(
-    plan: Plan, score: Score, sources: Sequence[Source], geometry: Sequence[Geometry]
+    plan: Plan,
+    score: Score,
+    sources: Sequence[Source],
+    geometry: Sequence[Geometry],
+    lost: Callable[[int, str], None],
 ) -> Truth | None:
-    """Where the explained objects of a batch are, if a metric asks for it; not known where that cannot be read."""
+    """Where the explained objects of a batch are, if a metric asks for it; not known where that cannot be read.
+
+    Args:
+        lost: told the place in the batch of an image whose annotation cannot be read, and why.
+    """
     annotations = plan.scoring.annotations
     if annotations is None:
         return None
 
     def report(index: int, error: InputError) -> None:
-        LOG.warning("%s: its ground truth cannot be read: %s", sources[index].path, error)
+        lost(index, f"its ground truth cannot be read: {error}")
 
     target = score.rows.columns()["target"]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -200,6 +234,7 @@ def measured(
             for metric in metrics:
                 found = scored(metric, offers)
                 columns |= named(plan, spec.label, metric.label, found, finite)
+            score.forget(offers["map"])
     return columns
 
 
@@ -214,10 +249,17 @@ def flattened(spec: MethodSpec, map: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def scored(spec: MetricSpec, offers: Mapping[str, Any]) -> Measured | None:
-    """The metric with what it consumes, and nothing else; ``None`` where a decomposition did not converge."""
+    """The metric with what it consumes, and nothing else; ``None`` where a decomposition did not converge, or a single
+    image is too large for it: its maps are kept all the same."""
     try:
         return spec.metric.measure(**{name: offers[name] for name in spec.metric.consumes})
     except LinAlgError:
+        return None
+    except (MemoryExhausted, RuntimeError) as error:
+        exhausted = isinstance(error, MemoryExhausted) or out_of_memory(error)
+        if not exhausted or len(offers["x"]) > 1:
+            raise
+        LOG.warning("out of memory: no %s for an image", spec.label)
         return None
 
 

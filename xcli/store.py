@@ -30,6 +30,7 @@ from xcli.durable import (
 from xcli.errors import ConfigError
 from xcli.inputs import Source as Input
 from xcli.merge import (
+    EVALUATION_LOCK,
     LOCKS,
     RECORD_LOCK,
     Finish,
@@ -292,6 +293,9 @@ def _lock_path(root: Path, shard: Shard) -> Path:
 
 def _refuse_company(root: Path, shard: Shard, *, same_count: bool = False) -> None:
     """Raise ``OutputLocked`` if another shard runs; with ``same_count`` those of the same N may."""
+    scoring = root / LOCKS / EVALUATION_LOCK
+    if not same_count and scoring.exists() and is_held(scoring):
+        raise held_by_another(scoring)
     for path in sorted((root / LOCKS).glob("*-of-*.lock")):
         sibling = same_count and path.stem.endswith(f"-of-{shard[1]}")
         if path != _lock_path(root, shard) and not sibling and is_held(path):

@@ -77,12 +77,19 @@ def is_score(key: str) -> bool:
     return key.startswith(("metrics/", "curves/"))
 
 
+def score_name(key: str) -> str:
+    """The method and metric, ``gradcam/road``, that a dataset of scores belongs to."""
+    _, label, metric = key.split("/", 2)
+    return f"{label}/{metric.partition('.')[0]}"
+
+
 @dataclass
 class Survey:
     """All files of a run read once, without their maps: what results.h5 will look like."""
 
     places: list[Place] = field(default_factory=list)
     columns: dict[str, ColumnPlan] = field(default_factory=dict)
+    identities: dict[str, str] = field(default_factory=dict)  # of each metric of a method, as met first
 
     @classmethod
     def of(cls, layers: Sequence[Sequence[Piece]], saved: Saved) -> Survey:
@@ -107,10 +114,19 @@ class Survey:
             rows = len(file["explanations/image"])
             place = Place(piece, piece.images.start, row, len(paths), rows)
             self.places.append(place)
-            for key, dataset in datasets(file):
-                if piece.keeps(key):
+            found = [(key, dataset) for key, dataset in datasets(file) if piece.keeps(key)]
+            other = {name for key, dataset in found if (name := self._otherwise(key, dataset))}
+            for key, dataset in found:
+                if not (is_score(key) and score_name(key) in other):
                     self._add(place, key, dataset)
         return rows
+
+    def _otherwise(self, key: str, dataset: h5py.Dataset) -> str:
+        """The name of a metric that this piece has, but made in another way than the pieces before; empty else."""
+        if not is_score(key) or "identity" not in dataset.attrs:
+            return ""
+        name, identity = score_name(key), str(dataset.attrs["identity"])
+        return name if self.identities.setdefault(name, identity) != identity else ""
 
     def _add(self, place: Place, key: str, dataset: h5py.Dataset) -> None:
         seen = ColumnPlan(dataset.shape[1:], dataset.dtype, compression_of(dataset), dict(dataset.attrs))
@@ -131,9 +147,7 @@ class Survey:
             gaps = [place for place in mine if not plan.holds(place)]
             if len(gaps) == len(mine):
                 continue
-            if is_score(key):
-                plan.attrs["complete"] &= not any(place.rows for place in gaps)
-            elif gaps:
+            if gaps and not is_score(key):
                 raise ConfigError(
                     f"{shown(gaps[0].piece.path)} lacks {key}; remove this part and run the same command again"
                 )
@@ -179,8 +193,11 @@ class Survey:
                 fill = np.nan if is_score(key) and plan.dtype.kind == "f" else None
                 dataset = create(out, key, shape, plan.dtype, plan.compression, fill)
             for name, value in plan.attrs.items():
-                if name != "complete" or is_score(key):
+                if name != "complete":
                     dataset.attrs[name] = value
+            if is_score(key):
+                covered = sum(rows for _, rows in plan.places) >= shape[0]
+                dataset.attrs["complete"] = bool(plan.attrs["complete"]) and covered
 
     def _virtual(self, key: str, shape: tuple[int, ...], root: Path) -> h5py.VirtualLayout:
         plan = self.columns[key]

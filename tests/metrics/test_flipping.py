@@ -10,7 +10,7 @@ import quantus
 import torch
 from torch import nn
 from torch.testing import assert_close
-from toys import PooledLinear, SumModel, bound, images, made
+from toys import PooledLinear, SumModel, Weighted, bound, images, made
 
 from xcli.errors import ConfigError
 from xcli.metrics.faithfulness.flipping import (
@@ -289,7 +289,7 @@ def test_quantus_cannot_remove_segments_of_more_than_one_colour(trapz):
     x, maps = blocks(1, 3, 24).float(), images(1, 24, 24, seed=1).float()
     with pytest.raises(AssertionError, match="same as the mask shape"):
         peer(quantus.IROF(**QUIET), network(3), x, maps, [1])
-    assert found(IROF(), network(3), x, maps, [1]).values.isfinite().all()
+    assert found(IROF(rows="all"), network(3), x, maps, [1]).values.isfinite().all()
 
 
 def test_quantus_takes_the_mean_of_the_batch_and_of_what_is_left(trapz):
@@ -329,6 +329,19 @@ def test_ends_are_shared_between_metrics():
     RegionPerturbation(patch=8, substrate="constant").measure(map=maps, x=x, score=score)
     assert sum(seen) == 3 * 3
     seen.clear()
-    got = IROF(segments=8, score="logit", substrate="constant").measure(map=maps, x=x, score=score)
+    got = IROF(rows="all", segments=8, score="logit", substrate="constant").measure(
+        map=maps, x=x, score=score
+    )
     assert sum(seen) == int(got.extras["segments"].sum()) - 3
     assert len(seen) == 1
+
+
+def test_irof_says_nothing_of_a_class_that_is_not_predicted(quarters):
+    """One row with a score near zero would be millions, and with it the mean of a run."""
+    x, maps = images(1, 3, 4, 4).abs(), torch.rand(2, 4, 4, dtype=torch.float64)
+    net = Weighted(torch.stack([torch.ones(4, 4), -torch.ones(4, 4)]).double())
+    score = bound(net, x, [0, 1], [0, 0])
+    got = IROF().measure(map=maps, x=x, score=score).values
+    assert got[0].isfinite()
+    assert got[1].isnan()
+    assert IROF(rows="all").measure(map=maps, x=x, score=score).values.isfinite().all()

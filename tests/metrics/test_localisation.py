@@ -11,6 +11,7 @@ import quantus
 import torch
 from toys import images
 
+from xcli.demo.scenes import scenes
 from xcli.metrics.base import Truth
 from xcli.metrics.localisation import (
     AttributionLocalisation,
@@ -29,7 +30,7 @@ ALL = (
     PointingGame(),
     PointingGame(tolerance=0),
     EnergyPointingGame(),
-    EnergyPointingGame(region="box"),
+    EnergyPointingGame(region="annotated"),
     RelevanceMass(),
     RelevanceRank(),
     TopKIntersection(k=400),
@@ -75,8 +76,8 @@ MASK = [[1, 0, 0], [1, 0, 1]]
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [
-        (EnergyPointingGame(), 6 / 10),
-        (EnergyPointingGame(region="box"), 1.0),
+        (EnergyPointingGame(region="annotated"), 6 / 10),
+        (EnergyPointingGame(), 1.0),
         (RelevanceMass(), 6 / 10),
         (RelevanceMass(part="absolute"), 11 / 16),
         (RelevanceMass(part="signed"), 1 / 4),
@@ -186,7 +187,7 @@ def test_auc_and_rank_of_a_flat_map_are_those_of_chance():
 def test_three_papers_measure_the_same_share_of_positive_energy():
     map, given = images(12, 24, 40), truth(blobs())
     share = RelevanceMass().measure(map, given).values
-    for metric in (EnergyPointingGame(), AttributionLocalisation()):
+    for metric in (EnergyPointingGame(region="annotated"), AttributionLocalisation()):
         assert torch.equal(metric.measure(map, given).values, share)
     boxed = EnergyPointingGame(region="box").measure(map, given).values
     assert torch.equal(boxed, share), "the masks are boxes"
@@ -330,3 +331,32 @@ def test_quantus_weighted_localisation_depends_on_the_batch_and_grows_with_the_o
     torch.testing.assert_close(metric.measure(maps[:3], truth(masks[:3])).values, ours[:3])
     share, area = RelevanceMass().measure(maps, truth(masks)).values, masks.flatten(1).double().mean(1)
     torch.testing.assert_close(ours, share / area)
+
+
+# ---- the scenes ---------------------------------------------------------------------------------------------------
+
+
+def test_the_objects_of_the_scenes_rank_first_and_everything_but_them_last():
+    """Perfect and worst maps made from the masks of two-object scenes, among noise, the middle and the other object."""
+    drawn = list(scenes(12, seed=5, objects=(2,)))
+    own, other = (torch.stack([torch.from_numpy(one.masks[i]) for one in drawn]) for i in (0, 1))
+    side = own.shape[-1]
+    line = torch.arange(side) - side / 2
+    maps = {
+        "perfect": own.double(),
+        "other": other.double(),
+        "noise": torch.rand(own.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        "middle": (side - torch.hypot(line[:, None], line)).double().expand(own.shape),
+        "worst": (~own).double(),
+    }
+    truth = Truth(own, torch.ones(len(own), dtype=torch.bool), torch.ones(len(own), 2, dtype=torch.float64))
+    localising = [name for name, cls in metrics().items() if set(cls.consumes) == {"map", "truth"}]
+    assert len(localising) == 8
+    for name in localising:
+        mean = {
+            key: float(build_metric(name).measure(map=map, truth=truth).values.nanmean())
+            for key, map in maps.items()
+        }
+        assert max(mean, key=mean.get) == "perfect", (name, mean)
+        assert mean["worst"] == min(mean.values()), (name, mean)
+        assert mean["perfect"] > mean["noise"], (name, mean)

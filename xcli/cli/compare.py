@@ -48,8 +48,12 @@ def compare(
     if match not in (None, "path"):
         raise ConfigError(f"--match {match}: the one thing to match by is path")
     chosen = None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()]
-    for run in runs if baselines else ():
-        score_baselines(run)
+    failed = False
+    if baselines:
+        compared(
+            runs, by_path=match == "path", metrics=chosen, baselines=False
+        )  # what is refused is not scored
+        failed = sum(score_baselines(run, chosen) for run in runs) > 0
     board = compared(runs, by_path=match == "path", metrics=chosen, baselines=baselines)
     if output is not None:
         from xcli.plots import save_leaderboard
@@ -60,18 +64,22 @@ def compare(
         print_json(plain(board))
     else:
         show(board, console(sys.stdout))
+    raise typer.Exit(3 if failed else 0)
 
 
-def score_baselines(run: Path) -> None:
-    """Score the baselines of a run with the metrics that it has, where that is not done yet."""
-    from xcli.errors import ConfigError, ModelError
+def score_baselines(run: Path, metrics: list[str] | None) -> bool:
+    """Score the baselines of a run with the metrics that it has, where that is not done yet; whether images failed."""
+    from xcli.errors import ConfigError, InputError, ModelError, OutputUnwritable
     from xcli.progress import reporter
     from xcli.scorecard import add_baselines
     from xcli.tuning import keep_freed_memory
 
     keep_freed_memory()
     try:
-        add_baselines(run if run.is_dir() else run.parent, reporter(quiet=False))
-    except (ConfigError, ModelError) as error:
+        done = add_baselines(run if run.is_dir() else run.parent, reporter(quiet=False), metrics)
+    except (ConfigError, InputError, ModelError, OutputUnwritable) as error:
         cure = f"the baselines of {run} are not scored yet, for which its model has to run"
         raise type(error)(f"{error}\n{cure}; --no-baselines compares without them") from None
+    for path, reason in list(done.failed.items())[:5]:
+        typer.echo(f"{run}: {path} could not be scored: {reason}", err=True)
+    return bool(done.failed)

@@ -85,12 +85,9 @@ def evaluate(
 
 def of_run(root: Path, changes: Changes, progress: Reporter) -> Scorecard:
     """Score the finished run in ``root`` with the config that it wrote down."""
-    from xcli.config import recorded_config
-    from xcli.evaluation import finished
-    from xcli.scorecard import DEFAULT_METRICS, reference_of, scorecard
+    from xcli.scorecard import config_of_run, reference_of, scorecard
 
-    text = finished(root).record.config
-    config = recorded_config(text, str(root / "run.json"), changes, metrics=DEFAULT_METRICS)
+    config = config_of_run(root, changes)
     return scorecard(root, config, reference_of(config), progress)
 
 

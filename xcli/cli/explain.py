@@ -142,7 +142,7 @@ def show_scores(card: Scorecard, *, quiet: bool) -> None:
         if not (quiet and verdict.passed):
             print(line)
     if not quiet:
-        typer.echo(f"{card.root / 'metrics.csv'} and {len(card.curves)} pictures of curves", err=True)
+        typer.echo(str(card.root / "metrics.csv"), err=True)
 
 
 def shard_of(text: str) -> tuple[int, int]:

@@ -73,11 +73,11 @@ class NonSensitivity(Removal, Metric):
     cost: ClassVar[str] = "grid * grid passes an image"
     source: ClassVar[str] = "Nguyen and Rodríguez Martínez 2020, arXiv:2007.07584"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
-        "quantus": {"grid": None, "substrate": "minimum"}
+        "quantus": {"grid": None, "substrate": "minimum", "score": "probability"}
     }
     small: ClassVar[Mapping[str, object]] = {"grid": 3, "epsilon": 0.05}
 
-    score: Watched = "probability"
+    score: Watched = "logit"
     substrate: Substrate = "gaussian"
     grid: Annotated[int | None, Field(description="cells a side; null: every pixel for itself", ge=1)] = 14
     epsilon: Annotated[float, Field(description="what counts as zero", gt=0)] = 1e-5
@@ -85,14 +85,16 @@ class NonSensitivity(Removal, Metric):
     def measure(self, map: Tensor, x: Tensor, score: Score) -> Measured:
         watched = score.scaled(self.score)
         cell = cells((map.shape[1], map.shape[2]), self.grid).to(x.device)  # (H, W)
-        moved = (self.changed(watched, x, cell) - watched.clean(x)[:, None]).abs()  # (N, F)
+        changed = watched.once((x, self), lambda: self.changed(watched, x, cell))  # whatever the map
+        moved = (changed - watched.clean(x)[:, None]).abs()  # (N, F)
         size = map.abs().flatten(1)
         highest = size.new_zeros(moved.shape).scatter_reduce_(
             1, cell.flatten().expand(size.shape), size, "amax"
         )
         zero = highest <= self.epsilon * size.amax(1, keepdim=True)
         wrong = (zero ^ (moved < self.epsilon)).sum(1).to(map.dtype)
-        return Measured(torch.where(size.isfinite().all(1), wrong, torch.nan))
+        known = size.isfinite().all(1) & moved.isfinite().all(1)
+        return Measured(torch.where(known, wrong, torch.nan))
 
     def changed(self, watched: Score, x: Tensor, cell: Tensor) -> Tensor:
         """The score (N, F) of each row with each cell changed; one pass serves all rows of an image."""

@@ -114,7 +114,8 @@ class EffectiveComplexity(Metric):
         loss = torch.where(named[:, None], self.loss(score.scaled(self.score), x, size, kept), torch.nan)
         enough = loss < self.tolerance  # (N, S)
         fewest = kept[enough.int().argmax(1)].to(map.dtype)
-        return Measured(torch.where(enough.any(1), fewest, torch.nan), loss, kept.to(map.dtype) / total)
+        known = enough.any(1) & loss.isfinite().all(1)
+        return Measured(torch.where(known, fewest, torch.nan), loss, kept.to(map.dtype) / total)
 
     def loss(self, watched: Score, x: Tensor, size: Tensor, kept: Tensor) -> Tensor:
         """The mean squared change (N, S) of the score while the first ``kept`` (S,) pixels of ``size`` stay."""

@@ -134,9 +134,8 @@ class EnergyPointingGame(Metric):
 
     .. math:: \sum_{(i,j) \in \mathrm{box}} L_{ij} \Big/ \sum_{ij} L_{ij}, \quad L = \max(0, \mathrm{map})
 
-    The box is the annotation as it is: filled boxes where boxes were annotated, else the object's own pixels;
-    ``region: box`` takes the rectangle that encloses the annotation. NaN where nothing of the map is positive. With
-    ``region: annotated`` the number is that of ``relevance-mass``. Source: Wang et al. 2020 (Score-CAM),
+    The box is the rectangle that encloses the annotation; ``region: annotated`` takes the annotation as it is, where
+    the number is that of ``relevance-mass``. NaN where nothing of the map is positive. Source: Wang et al. 2020 (Score-CAM),
     arXiv:1910.01279, whose maps are not negative. Departs: several objects of the class count together.
     """
 
@@ -148,7 +147,7 @@ class EnergyPointingGame(Metric):
     region: Annotated[
         Literal["annotated", "box"],
         Field(description="the annotation as it is, or the rectangle that encloses it"),
-    ] = "annotated"
+    ] = "box"
 
     def measure(self, map: Tensor, truth: Truth) -> Measured:
         region = enclosing(truth.mask) if self.region == "box" else truth.mask

@@ -53,7 +53,12 @@ class Redrawn(Metric):
     )
 
     def redrawn(self, score: Score, module: nn.Module) -> nn.Module:
-        """A copy of ``module`` in which every layer has weights of its own new draw."""
+        """A copy of ``module`` in which every layer has weights of its own new draw; made once a batch."""
+        key = (module, "redrawn", self.weights, self.statistics)
+        return score.once(key, lambda: self.drawn_anew(score, module))
+
+    def drawn_anew(self, score: Score, module: nn.Module) -> nn.Module:
+        """The copy that ``redrawn`` keeps."""
         copy = deepcopy(module)
         for name, part in copy.named_modules():
             kept, seed = own(part, self.statistics), seed_of(score.seed, name)
@@ -132,7 +137,8 @@ class Randomisation(Redrawn):
         sums, count = [torch.zeros_like(original) for _ in blocks], 0
         for x in inputs:
             networks = self.networks(module, source, work, blocks)
-            sums = [total + method(score.using(net), x) for total, net in zip(sums, networks, strict=True)]
+            for step, net in enumerate(networks):
+                sums[step] = sums[step] + method(score.using(net), x)
             count += 1
         empty = original.new_zeros(len(original), 0)
         curve = torch.cat([empty, *(self.alike(original, total / count)[:, None] for total in sums)], 1)

@@ -78,7 +78,8 @@ class Infidelity(Removing):
         row = torch.arange(len(map)).repeat_interleave(count)
         image = watched.image[row]
         make = self.noised(watched, x, image) if gone is None else self.copies(x, image, gone)
-        lost = watched.clean(x)[:, None] - watched.at(make, row).view(len(map), count)
+        left = watched.once((x, self), lambda: watched.at(make, row))  # what is perturbed knows no map
+        lost = watched.clean(x)[:, None] - left.view(len(map), count)
         if gone is not None and self.means == "share":
             said = covered(map, row, gone)
         else:

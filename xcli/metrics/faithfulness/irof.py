@@ -28,7 +28,9 @@ class IROF(Removal, Metric):
 
     Segments are SLIC superpixels of the normalised image; they differ in number from image to image (``segments`` of
     each row is kept), so there is no common curve. Without unit; 0 where nothing is lost, 1 where everything is at
-    once, higher is better. NaN where a map is not finite or f(x) is not positive. Needs scikit-image. Source: Rieger
+    once, higher is better. NaN where a map is not finite or f(x) is not positive; and, unless ``rows: all``, where another
+    class than the explained one is predicted: the paper divides by the score of the predicted class, and one near zero
+    makes the ratio as large as any number. Needs scikit-image. Source: Rieger
     and Hansen 2020, arXiv:2003.08747. Departs: the area is over the fraction of segments, not their number.
     ``preset: quantus`` counts segments and leaves the untouched image out, so that a score that never falls gives 1;
     Quantus itself takes the mean colour of what is left after each step, over all channels, where ours is the image's.
@@ -38,7 +40,7 @@ class IROF(Removal, Metric):
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
     cost: ClassVar[str] = "segments - 1 passes; and one an image for each substrate, shared between metrics"
     source: ClassVar[str] = "Rieger and Hansen 2020, arXiv:2003.08747"
-    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quantus": {"area": "sum"}}
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quantus": {"area": "sum", "rows": "all"}}
     small: ClassVar[Mapping[str, object]] = {"segments": 6}
 
     score: Watched = "probability"
@@ -49,6 +51,10 @@ class IROF(Removal, Metric):
         Literal["fraction", "sum"],
         Field(description="in steps that add up to 1; or in steps of 1, without the untouched image"),
     ] = "fraction"
+
+    rows: Annotated[
+        Literal["predicted", "all"], Field(description="only rows that explain the predicted class, or all")
+    ] = "predicted"
 
     def __post_init__(self) -> None:
         if find_spec("skimage") is None:
@@ -76,7 +82,10 @@ class IROF(Removal, Metric):
         curve[row, count] = scores_without(score, self.remover(score, x), place, row, count).to(curve)
         curve[:, 0] = clean
         curve[torch.arange(len(total)), total] = self.emptied(score, x)
-        return curve / torch.where(clean > 0, clean, torch.nan)[:, None]
+        known = clean > 0
+        if self.rows == "predicted":
+            known &= score.scaled("contrast").clean(x).to(clean) >= 0
+        return curve / torch.where(known, clean, torch.nan)[:, None]
 
 
 def superpixels(x: Tensor, segments: int, compactness: float) -> Tensor:
@@ -85,7 +94,7 @@ def superpixels(x: Tensor, segments: int, compactness: float) -> Tensor:
 
     found = [
         slic(image, n_segments=segments, compactness=compactness, start_label=0, channel_axis=-1)
-        for image in x.permute(0, 2, 3, 1).double().cpu().numpy()
+        for image in x.permute(0, 2, 3, 1).cpu().double().numpy()
     ]
     return torch.stack([torch.from_numpy(np.unique(own, return_inverse=True)[1]) for own in found]).view(
         len(x), *x.shape[2:]
@@ -94,7 +103,7 @@ def superpixels(x: Tensor, segments: int, compactness: float) -> Tensor:
 
 def segment_places(maps: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:
     """The place of each pixel's segment, 0 for the highest mean of the map, (N, H, W); and how many there are, (N,)."""
-    label, values = segment.flatten(1), maps.flatten(1).double().cpu()
+    label, values = segment.flatten(1), maps.flatten(1).cpu().double()
     total = label.amax(1) + 1
     empty = values.new_zeros(len(maps), int(total.max()))
     size = empty.scatter_add(1, label, torch.ones_like(values))

@@ -89,7 +89,8 @@ class RandomSubsets(Removing):
             return picked[:, cell]
 
         row = torch.arange(len(map)).repeat_interleave(len(size))
-        left = self.without(score.scaled(self.score), x, row, gone)
+        watched = score.scaled(self.score)
+        left = watched.once((x, self), lambda: self.without(watched, x, row, gone))  # the sets know no map
         said = covered(map, row, gone)
         shape = (len(map), -1, self.samples)
         return where_named(map, self.correlated(said.view(shape), -left.view(shape)))  # f(x) itself cancels
