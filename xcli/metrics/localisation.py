@@ -135,8 +135,8 @@ class EnergyPointingGame(Metric):
     .. math:: \sum_{(i,j) \in \mathrm{box}} L_{ij} \Big/ \sum_{ij} L_{ij}, \quad L = \max(0, \mathrm{map})
 
     The box is the rectangle that encloses the annotation; ``region: annotated`` takes the annotation as it is, where
-    the number is that of ``relevance-mass``. NaN where nothing of the map is positive. Source: Wang et al. 2020 (Score-CAM),
-    arXiv:1910.01279, whose maps are not negative. Departs: several objects of the class count together.
+    the number is that of ``relevance-mass``. NaN where nothing of the map is positive. Source: Wang et al. 2020
+    (Score-CAM), arXiv:1910.01279, whose maps are not negative. Departs: several objects of the class count together.
     """
 
     direction: ClassVar[Direction] = "higher"

@@ -28,9 +28,9 @@ class IROF(Removal, Metric):
 
     Segments are SLIC superpixels of the normalised image; they differ in number from image to image (``segments`` of
     each row is kept), so there is no common curve. Without unit; 0 where nothing is lost, 1 where everything is at
-    once, higher is better. NaN where a map is not finite or f(x) is not positive; and, unless ``rows: all``, where another
-    class than the explained one is predicted: the paper divides by the score of the predicted class, and one near zero
-    makes the ratio as large as any number. Needs scikit-image. Source: Rieger
+    once, higher is better. NaN where a map is not finite or f(x) is not positive; and, unless ``rows: all``, where
+    another class than the explained one is predicted: the paper divides by the score of the predicted class, and one
+    near zero makes the ratio as large as any number. Needs scikit-image. Source: Rieger
     and Hansen 2020, arXiv:2003.08747. Departs: the area is over the fraction of segments, not their number.
     ``preset: quantus`` counts segments and leaves the untouched image out, so that a score that never falls gives 1;
     Quantus itself takes the mean colour of what is left after each step, over all channels, where ours is the image's.
