@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from runs import SIDE, Commands, photos, picture, plain, same, written
 from store_driver import columns_of
 
 import xcli
+import xcli.batches
 from xcli.config import load_config, recorded_config
 from xcli.demo import nets
-from xcli.errors import ConfigError
+from xcli.errors import ConfigError, InputError
 from xcli.evaluation import evaluate_run, missing
 from xcli.images import find_images
 from xcli.overrides import Changes
@@ -334,6 +337,143 @@ def test_fresh_removes_the_scores_too(place: Path, tmp_path: Path, xai: Commands
     assert xai("explain", again, "--fresh").code == 0
     assert not {"metrics.csv", "curves-deletion.png"} & {path.name for path in (tmp_path / "run").iterdir()}
     assert scores(tmp_path / "run") == {}
+
+
+# --- what must not be lost, or taken for something else ---------------------------------------------------------------
+
+
+def test_images_that_cannot_be_found_are_scored_once_they_are_back(tmp_path: Path):
+    folder, root = tmp_path / "photos", tmp_path / "run"
+    files = photos(folder, 4)
+    run(folder, root, metrics=[])
+    files[1].rename(tmp_path / "away")
+    assert len(evaluate(root, overrides=SETTINGS).failed) == 1
+    (tmp_path / "away").rename(files[1])
+    again = evaluate(root, overrides=SETTINGS)
+    assert (again.pairs, again.failed) == (4, {}), "a column with a hole is not complete"
+    with xcli.open_run(root) as found:
+        assert np.isfinite(found.metrics("gradcam")["deletion"]).all()
+
+
+def test_where_no_image_can_be_found_nothing_is_written(tmp_path: Path):
+    folder, root = tmp_path / "photos", tmp_path / "run"
+    photos(folder, 4)
+    run(folder, root, metrics=[])
+    folder.rename(tmp_path / "away")
+    with pytest.raises(InputError, match="none of the images"):
+        evaluate(root, overrides=SETTINGS)
+    assert scores(root) == {}
+
+
+def test_an_evaluation_that_was_killed_is_left_alone_by_others(place: Path, maps: Path, xai: Commands):
+    call = ["evaluate", maps, "--set", SETTINGS[0]]
+    assert xai(*call, failpoint="scores-done:2").code == KILLED
+    begun = sorted((maps / "evaluation").rglob("*.h5"))
+    assert begun
+    other = json.dumps([{"name": "sparseness"}])
+    assert xai("evaluate", maps, "--set", f"metrics={other}", "--json").code == 0
+    assert xai("evaluate", maps, "--set", f"metrics={other}", "--json").code == 0  # nothing to do
+    assert sorted((maps / "evaluation").rglob("*.h5")) == begun
+    ended = xai(*call)
+    assert ended.code == 0, ended.stderr
+    expected = scores(place / "whole")
+    for name, values in scores(maps).items():
+        if "sparseness" not in name:
+            np.testing.assert_array_equal(values, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("option", [{"score": "logit"}, {"steps": 4}])
+def test_an_update_never_mixes_two_definitions_in_a_column(tmp_path: Path, option: dict[str, Any]):
+    folder, root = tmp_path / "photos", tmp_path / "run"
+    photos(folder, 4)
+    run(folder, root)
+    changed = [f"metrics={json.dumps([{**METRICS[0], **option}, METRICS[1]])}"]
+    evaluate(root, overrides=changed)
+    photos(folder, 3, start=4)
+    config = load_config(tmp_path / "run.yaml", Changes(overrides=changed))
+    _, card = explain_and_score(config, find_images(config.images.paths), Quiet(), update=True)
+    assert card is not None
+    whole = run(folder, tmp_path / "whole", metrics=[{**METRICS[0], **option}, METRICS[1]])
+    with xcli.open_run(root) as one, xcli.open_run(whole) as other:
+        order = np.argsort(one.images["path"].astype(str))
+        expected = other.metrics("gradcam")["deletion"]
+        np.testing.assert_allclose(one.metrics("gradcam")["deletion"][order], expected, atol=1e-5)
+
+
+def test_an_update_of_a_run_that_keeps_its_parts_keeps_its_scores(tmp_path: Path):
+    folder, root = tmp_path / "photos", tmp_path / "run"
+    photos(folder, 5)
+    run(folder, root, metrics=[], output={"layout": "parts"})
+    evaluate(root, overrides=SETTINGS)
+    photos(folder, 2, start=5)
+    config = load_config(tmp_path / "run.yaml")
+    explain_and_score(config, find_images(config.images.paths), Quiet(), update=True)
+    with xcli.open_run(root) as found:
+        values = found.metrics("gradcam")["deletion"]
+        assert (np.isfinite(values).sum(), np.isnan(values).sum()) == (5, 2)
+        assert not found.metric_attrs("gradcam", "deletion")["complete"]
+
+
+def test_another_ground_truth_at_the_same_place_is_another_metric(tmp_path: Path):
+    samples = Path(__file__).parents[1] / "sample_images"
+    masks = Path(shutil.copytree(samples / "masks", tmp_path / "masks"))
+    sections = {
+        "methods": ["gradcam"], "model": {"preprocess": "auto"}, "metrics": ["iou"],
+        "images": {"path": str(samples / "scenes" / "one"), "truth": str(masks / "one")},
+    }  # fmt: skip
+    root = run(samples, tmp_path / "run", **sections)
+    assert evaluate(root).pairs == 0
+    first = sorted((masks / "one").iterdir())[0]
+    with Image.open(first) as mask:
+        moved = Image.fromarray(np.roll(np.asarray(mask), 60, 0), "P")
+    moved.save(first)
+    with xcli.open_run(root) as found:
+        before = found.metrics("gradcam")["iou"]
+    assert evaluate(root).pairs == 1
+    with xcli.open_run(root) as found:
+        assert (found.metrics("gradcam")["iou"] != before).sum() == 1
+
+
+def test_batches_leave_nothing_behind(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a collection of cycles, which on a GPU would come too late."""
+    alive: list[weakref.ref[Any]] = []
+    genuine = xcli.batches.Plan.score
+
+    def watched(plan: Any, forward: Any, *rest: Any) -> Any:
+        assert sum(one() is not None for one in alive) <= 2
+        alive.append(weakref.ref(forward))
+        return genuine(plan, forward, *rest)
+
+    monkeypatch.setattr(xcli.batches.Plan, "score", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        run(place / "photos", tmp_path / "run", runtime={"batch_size": 1})
+    finally:
+        gc.enable()
+    assert len(alive) > COUNT
+
+
+def test_metrics_that_a_run_has_stay_when_others_are_chosen(place: Path, maps: Path, xai: Commands):
+    evaluate(maps, overrides=SETTINGS, baselines=True)
+    ended = xai("evaluate", maps, "--metrics", "sparseness", "--gate", "gradcam.deletion<=1", "--json")
+    assert ended.code == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert set(told["scores"]["gradcam"]) == {"deletion", "insertion", "sparseness"}
+    assert told["scored_now"] == 4, "the new metric for two methods, centre and sobel"
+    with xcli.open_run(maps) as found:
+        assert json.loads(found.metric_attrs("gradcam", "deletion")["params"])["steps"] == 3
+
+
+def test_pictures_of_one_name_and_another_size_are_not_compared(place: Path, tmp_path: Path, xai: Commands):
+    folder = tmp_path / "others"
+    for index, file in enumerate(photos(folder, COUNT)):
+        picture(50 + index).save(file)
+    other = run(folder, tmp_path / "run", target={"class": 3})
+    mine = run(place / "photos", tmp_path / "mine", target={"class": 3})
+    ended = xai("compare", mine, other, "--no-baselines")
+    assert ended.code == 2
+    assert "different pictures" in ended.stderr
 
 
 # --- what metrics are given -----------------------------------------------------------------------------------------
