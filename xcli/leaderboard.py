@@ -154,13 +154,24 @@ def contest(scores: ScoreTable, metric: str) -> Contest:
     return Contest(metric, scores.direction(metric), params, best, tuple(compared))
 
 
+def run_of(label: str) -> str:
+    """The run in ``run/method``; empty where there is one run, or a baseline is the same in all."""
+    return label.rpartition("/")[0]
+
+
 def standings(scores: ScoreTable, metric: str) -> list[Standing]:
     """Every method in one metric, best first, baselines after the methods; without comparisons."""
     columns, sign = scores.of(metric), -1 if scores.direction(metric) == "higher" else 1
     means = dict(zip(columns, means_of(list(columns.values()), scores.image), strict=True))
     badness = {method: sign * found.value for method, found in means.items() if not math.isnan(found.value)}
     ranks = ranked({method: value for method, value in badness.items() if method not in scores.baselines})
-    bar = min((value for method, value in badness.items() if method in scores.baselines), default=math.inf)
+    bars = {method: value for method, value in badness.items() if method in scores.baselines}
+
+    def bar(method: str) -> float:
+        """The best baseline of the method's own run, or of all runs alike."""
+        runs = ("", run_of(method))
+        return min((value for name, value in bars.items() if run_of(name) in runs), default=math.inf)
+
     found = [
         Standing(
             method,
@@ -168,7 +179,7 @@ def standings(scores: ScoreTable, metric: str) -> list[Standing]:
             means[method],
             column.summary,
             ranks.get(method),
-            beaten=method in ranks and badness[method] >= bar,
+            beaten=method in ranks and badness[method] >= bar(method),
         )
         for method, column in columns.items()
     ]
