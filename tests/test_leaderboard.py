@@ -435,3 +435,20 @@ def test_the_command_refuses_in_one_line(xai, run, tmp_path):
     code, _, err = xai("compare", tmp_path / "nothing", "--no-baselines")
     assert code == 2
     assert "holds no run" in err
+
+
+def test_a_method_is_held_against_the_baselines_of_its_own_run(tmp_path):
+    """The noise of another model may score higher than a method of this one."""
+    rows = np.ones(6)
+    a = scored_run(
+        tmp_path / "a", {"gradcam": {"k": 0.9 * rows}, "random": {"k": 0.4 * rows}}, baselines=["random"]
+    )
+    b = scored_run(
+        tmp_path / "b",
+        {"gradcam": {"k": 0.3 * rows}, "random": {"k": 0.1 * rows}},
+        baselines=["random"],
+        weights="d",
+    )
+    found = standings(compared([a, b], by_path=True), "k")
+    assert set(found) == {"a/gradcam", "b/gradcam", "a/random", "b/random"}
+    assert not any(one.beaten for one in found.values())
