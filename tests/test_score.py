@@ -435,3 +435,14 @@ def test_gradients_do_not_depend_on_the_callers_grad_mode():
         found = score.gradients(x, at=layer)
         assert_close(score.gradients(x).grads, bound(net, x, [0, 1, 2, 3], [0, 0, 1, 2]).gradients(x).grads)
     assert_close(found.grads, expected.grads)
+
+
+def test_what_was_kept_for_a_map_is_forgotten_with_it_in_every_unit():
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    score, first, second = bound(net, x, [0, 1]), torch.zeros(1), torch.zeros(1)
+    for one in (score, score.scaled("probability")):
+        for kept in (first, second):
+            one.once((kept, "kept"), lambda: torch.ones(1))
+    score.forget(first)
+    for one in (score, score.scaled("probability")):
+        assert [key[0] is second for key in one.memo] == [True]
