@@ -125,14 +125,20 @@ class Removal:
 def drawn(score: Score, x: Tensor, draw: Callable[..., Tensor]) -> Tensor:
     """One field of random numbers an image (B, C, H, W), zero for an image without rows; drawn once a batch."""
 
-    def make() -> Tensor:
-        image, count = score.image.unique_consecutive(return_counts=True)
-        fields = torch.zeros(x.shape)
-        for own, first in zip(image.tolist(), (count.cumsum(0) - count).tolist(), strict=True):
-            fields[own] = draw(x.shape[1:], generator=score.generator(first, "removal"))
-        return fields.to(x)
+    return score.once((x, "drawn", draw), lambda: fields(score, x, "removal", draw))  # x is a key by identity
 
-    return score.once((x, "drawn", draw), make)  # a tensor is a key by identity
+
+def fields(score: Score, x: Tensor, tag: str, draw: Callable[..., Tensor]) -> Tensor:
+    """A field of ``draw``, ``torch.rand`` or ``torch.randn``, in the shape and layout of each image of ``x``.
+
+    (B, C, H, W); it belongs to the run's seed, the image's key and ``tag``; zero for an image without rows. Drawn on
+    the CPU, so that every device gets the same numbers.
+    """
+    found = torch.zeros_like(x, device="cpu")
+    image, count = score.image.unique_consecutive(return_counts=True)
+    for own, first in zip(image.tolist(), (count.cumsum(0) - count).tolist(), strict=True):
+        found[own] = draw(x.shape[1:], generator=score.generator(first, tag))
+    return found.to(x.device)
 
 
 def blurred(x: Tensor, kernel: int, sigma: float) -> Tensor:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from xcli import __version__
+
+COMMANDS = (
+    "check",
+    "compare",
+    "evaluate",
+    "explain",
+    "init",
+    "layers",
+    "merge",
+    "methods",
+    "metrics",
+    "schema",
+)
 
 app = typer.Typer(
     name="xai",
@@ -35,18 +49,8 @@ def _root(
     """Explain what vision models look at, over whole folders of images, unattended."""
 
 
-from xcli.cli import (  # noqa: E402  (they register)
-    check,  # noqa: F401
-    compare,  # noqa: F401
-    evaluate,  # noqa: F401
-    explain,  # noqa: F401
-    init,  # noqa: F401
-    layers,  # noqa: F401
-    merge,  # noqa: F401
-    methods,  # noqa: F401
-    metrics,  # noqa: F401
-    schema,  # noqa: F401
-)
+for _command in COMMANDS:  # a command registers by being imported
+    import_module(f"xcli.cli.{_command}")
 
 
 def main() -> None:

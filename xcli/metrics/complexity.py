@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xcli.baselines import Remover
+from xcli.baselines import Remover, fields
 from xcli.metrics.base import Direction, Measured, Metric, Watched
 from xcli.metrics.curves import scores_without
 from xcli.metrics.order import places
@@ -111,17 +111,17 @@ class EffectiveComplexity(Metric):
         total = size[0].numel()
         counts = sorted({max(1, k * total // self.steps) for k in range(1, self.steps + 1)})
         kept = torch.tensor(counts, device=map.device)
-        loss = torch.where(named[:, None], self.loss(score.scaled(self.score), x, size, kept), torch.nan)
+        loss = torch.where(named[:, None], self.loss(score.scaled(self.score), x, size, counts), torch.nan)
         enough = loss < self.tolerance  # (N, S)
         fewest = kept[enough.int().argmax(1)].to(map.dtype)
         known = enough.any(1) & loss.isfinite().all(1)
         return Measured(torch.where(known, fewest, torch.nan), loss, kept.to(map.dtype) / total)
 
-    def loss(self, watched: Score, x: Tensor, size: Tensor, kept: Tensor) -> Tensor:
+    def loss(self, watched: Score, x: Tensor, size: Tensor, kept: list[int]) -> Tensor:
         """The mean squared change (N, S) of the score while the first ``kept`` (S,) pixels of ``size`` stay."""
         place = size[0].numel() - 1 - places(size).view(size.shape)  # (N, H, W), 0 for the first to go
         row = torch.arange(len(size)).repeat_interleave(len(kept))
-        gone = (size[0].numel() - kept.cpu()).repeat(len(size))
+        gone = (size[0].numel() - torch.tensor(kept)).repeat(len(size))
         before = watched.clean(x)[:, None]
         total = before.new_zeros(len(size), len(kept))
         for redrawn in removers(watched, x, self.samples):
@@ -139,12 +139,8 @@ def removers(score: Score, x: Tensor, samples: int) -> Iterator[Remover]:
     """Functions that draw removed pixels anew, each the same ones whenever it is called."""
     mean, deviation = x.mean((2, 3), keepdim=True), x.std((2, 3), correction=0, keepdim=True)
     for sample in range(samples):
-        noise = torch.zeros(x.shape)
-        image, count = score.image.unique_consecutive(return_counts=True)
-        for own, first in zip(image.tolist(), (count.cumsum(0) - count).tolist(), strict=True):
-            draw = score.generator(first, f"effective-complexity {sample}")
-            noise[own] = torch.randn(x.shape[1:], generator=draw)
-        yield showing(x, mean + deviation * noise.to(x))
+        noise = fields(score, x, f"effective-complexity {sample}", torch.randn)
+        yield showing(x, mean + deviation * noise)
 
 
 def showing(x: Tensor, other: Tensor) -> Remover:
@@ -152,6 +148,6 @@ def showing(x: Tensor, other: Tensor) -> Remover:
 
     def remove(image: Tensor, removed: Tensor) -> Tensor:
         image = image.to(x.device)
-        return torch.where(removed[:, None], other[image], x[image])
+        return torch.where(~removed[:, None], x[image], other[image])  # x first: its layout is the result's
 
     return remove

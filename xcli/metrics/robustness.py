@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from xcli.baselines import fields
 from xcli.metrics.base import Direction, Explain, Measured, Metric
 from xcli.registry import metric, options
 from xcli.score import Score
@@ -76,16 +78,14 @@ class Neighbours(Metric):
         return seen.argmax(1) if seen.shape[1] > 1 else seen[:, 0] > 0
 
     def added(self, score: Score, x: Tensor, sample: int) -> Tensor:
-        """The noise (B, C, H, W) of one neighbour of each image; images without rows have none of their own."""
-        drawn = torch.zeros(x.shape)
-        image, count = score.image.unique_consecutive(return_counts=True)
-        for own, first in zip(image.tolist(), (count.cumsum(0) - count).tolist(), strict=True):
-            draw = score.generator(first, f"neighbour {sample}")
-            if self.noise == "uniform":
-                drawn[own] = 2 * torch.rand(x.shape[1:], generator=draw) - 1
-            else:
-                drawn[own] = torch.randn(x.shape[1:], generator=draw)
-        return self.centre + self.radius * drawn.to(x)
+        """The noise (B, C, H, W) of one neighbour of each image."""
+        draw = signed if self.noise == "uniform" else torch.randn
+        return self.centre + self.radius * fields(score, x, f"neighbour {sample}", draw)
+
+
+def signed(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Uniform numbers from -1 to 1."""
+    return 2 * torch.rand(shape, generator=generator) - 1
 
 
 @metric("average-stability")
@@ -199,7 +199,7 @@ class LocalLipschitz(Neighbours):
 
 
 @options
-class RelativeStability(Neighbours):
+class RelativeStability(Neighbours, ABC):
     """Compares the change of the map with the change of something that the network saw, both relative.
 
     ``change: pixel`` is the Euclidean length of (a - b) / a, number by number, where a zero in a counts as ``epsilon``:
@@ -231,9 +231,9 @@ class RelativeStability(Neighbours):
 
         return Measured(torch.where(norm(map) > 0, highest(ratios()), torch.nan))
 
+    @abstractmethod
     def seen(self, score: Score, x: Tensor) -> Tensor:
         """What the change of the map is compared with, (B, ...)."""
-        raise NotImplementedError
 
     def moved(self, before: Tensor, after: Tensor) -> Tensor:
         """How much that changed, (B,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -16,7 +17,7 @@ from xcli.score import Score
 
 
 @options
-class Multiplied(Metric):
+class Multiplied(Metric, ABC):
     """Compares the score f(x) of an image with f(x * n), the score of the image multiplied with its map.
 
     n = (map - min) / (max - min) of each map, and x is the image as the network sees it: where n is 0 it shows the mean
@@ -52,9 +53,9 @@ class Multiplied(Metric):
         key = (map, "multiplied", self.magnitude, self.flat)  # a tensor is a key by identity
         return watched.once(key, make)
 
+    @abstractmethod
     def compare(self, before: Tensor, after: Tensor) -> Tensor:
         """The metric from f(x) and f(x * n), (N,) each."""
-        raise NotImplementedError
 
 
 @metric("average-drop")
@@ -162,7 +163,10 @@ class ConfidenceChange(Multiplied):
         before, after = watched.clean(x), self.after(map, x, watched)
         mask, _ = unit(map.abs() if self.magnitude else map)
         inverse = torch.where(after.isnan(), torch.nan, multiplied(watched, x, 1 - mask))
-        return Measured(after - before, extras={"inverse": inverse - before})
+        return Measured(self.compare(before, after), extras={"inverse": self.compare(before, inverse)})
+
+    def compare(self, before: Tensor, after: Tensor) -> Tensor:
+        return after - before
 
 
 @metric("adcc")

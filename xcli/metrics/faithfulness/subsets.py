@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -55,7 +56,7 @@ class Removing(Metric):
 
 
 @options
-class RandomSubsets(Removing):
+class RandomSubsets(Removing, ABC):
     """Correlates what the map says of random sets of pixels, its sum over them, with the loss of score without them.
 
     The sets are drawn for each image from the run's seed and the image's path. NaN where the map is flat, for then it
@@ -68,9 +69,9 @@ class RandomSubsets(Removing):
         Field(description="cells a side, removed as a whole; null: every pixel for itself", ge=1),
     ] = None
 
+    @abstractmethod
     def sizes(self, features: int) -> list[int]:
         """How many of the cells or pixels are in a set; ``samples`` sets of each size."""
-        raise NotImplementedError
 
     def picked(self, keys: Tensor, size: Tensor) -> Tensor:
         """Which features (m, F), bool, are in a set of ``size`` (m,), by random numbers below PRIME (m, F)."""
