@@ -30,7 +30,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("demo/__init__", "demo/nets"),
     ("factory", "weights", "sources", "models"),
     ("grids", "trace", "layers"),
-    ("targets", "replay", "score"),
+    ("targets", "replay", "backward", "score"),
     ("multigrid", "imputation", "baselines"),
     ("methods/__init__", "methods/base"),
     ("methods/cam/__init__", "methods/cam/base"),

@@ -258,10 +258,10 @@ def test_the_gradient_of_the_tail_is_that_of_the_layer():
 
 def test_gradients_can_be_differentiated_in_turn():
     net, x = made(Tokens), images(2, 3, 16, 16).requires_grad_()
-    score = bound(net, x.detach(), [0, 1])
+    score = replace(bound(net, x.detach(), [0, 1]), create_graph=True)
 
     def loss(pixels: Tensor) -> Tensor:
-        (acts,), (grads,), _ = score.gradients(pixels, at=score.layers.find("norm1"), create_graph=True)
+        (acts,), (grads,), _ = score.gradients(pixels, at=score.layers.find("norm1"))
         return (acts * grads).square().sum()
 
     (slope,) = torch.autograd.grad(loss(x), x)

@@ -102,6 +102,24 @@ def recording(
 
 
 @contextmanager
+def observed(part: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Hand the gradient at the output of each call of ``part`` inside the block to ``see``, once it is known.
+
+    An in-place operation on the output later on changes nothing: the gradient is that of the output as it was given.
+    """
+
+    def listen(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(see)
+
+    handle = part.register_forward_hook(listen)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def swapped(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let ``part`` answer with ``forward`` instead of its own inside the block."""
     had, before = "forward" in vars(part), vars(part).get("forward")
@@ -113,3 +131,8 @@ def swapped(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             part.forward = before  # type: ignore[assignment]
         else:
             del part.forward
+
+
+def full(tensor: Tensor) -> Tensor:
+    """At least float32: half-precision activations are brought up before a method computes with them."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import takewhile
 
@@ -78,12 +78,14 @@ class Layers:
     """The modules of one network as one forward pass used them.
 
     ``rows`` are in the order of definition, parents before children; ``order`` holds the names of those that ran,
-    in the order in which their (last) call ended; ``aliases`` maps other names of a shared module to its first.
+    in the order in which their (last) call ended; ``aliases`` maps other names of a shared module to its first;
+    ``tails`` is what running the network from a layer on has taught (``replay.Prefix``), by the layer's name.
     """
 
     rows: tuple[Row, ...]
     order: tuple[str, ...]
     aliases: dict[str, str]
+    tails: dict[str, tuple[bool, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def default(self) -> Layer:

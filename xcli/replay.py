@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from xcli.errors import ModelError
+from xcli.execution import Execution
 from xcli.hooks import first_tensor, swapped, unfused, with_tensor
 
 
@@ -96,7 +98,7 @@ class _Recorder:
         return copies
 
 
-def _recorded(module: nn.Module, layer: str, x: Tensor) -> tuple[_Recorder, set[int]]:
+def _recorded(module: nn.Module, layer: str, x: Tensor, execution: Execution) -> tuple[_Recorder, set[int]]:
     """One forward pass: what was called before the layer, and where the tensors are stored that are read again."""
     recorder = _Recorder(module, layer)
     watch = _Watch(recorder)
@@ -105,7 +107,7 @@ def _recorded(module: nn.Module, layer: str, x: Tensor) -> tuple[_Recorder, set[
             undo.callback(part.register_forward_pre_hook(recorder.enter).remove)
             undo.callback(part.register_forward_hook(recorder.leave).remove)
         with watch:
-            recorder.answer = module(x)
+            recorder.answer = execution.run(module, x)
     if not recorder.reached:
         raise ModelError(f"layer {layer!r} does not run in a forward pass")
     return recorder, watch.read
@@ -117,25 +119,48 @@ class Replay:
     Built from one forward pass on ``x`` (B, C, H, W). ``acts`` (M, ...) stands in for the layer's output of
     copies of the images ``image`` (M,), an index into the batch. A skip connection around the layer sees each
     copy's own image. Costs the part of the network after the layer only.
+
+    Args:
+        tails: for each layer, which of the stored tensors hold an entry an image, in the order in which they were
+            stored; what is not there is found out, and checked, by two further passes and noted.
     """
 
-    def __init__(self, module: nn.Module, layer: str, x: Tensor) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: str,
+        x: Tensor,
+        execution: Execution | None = None,
+        tails: dict[str, tuple[bool, ...]] | None = None,
+    ) -> None:
         self.module, self.layer, self.x = module, layer, x
-        recorder, self.read = _recorded(module, layer, x)
+        execution, tails = execution or Execution(), {} if tails is None else tails
+        recorder, self.read = _recorded(module, layer, x, execution)
         self.calls, self.output = recorder.calls, recorder.output
-        other = (
-            x[:1] if len(x) > 1 else torch.cat([x, x])
-        )  # what grows with the batch holds an entry an image
-        twin, _ = _recorded(module, layer, other)
-        kept, changed = ([*_tensors([call.output for call in one.calls])] for one in (recorder, twin))
-        self.an_image_each = {id(x)} | {
-            id(tensor)
-            for tensor, less in zip(kept, changed, strict=True)
-            if tensor.ndim and len(tensor) == len(x) and len(less) == len(other)
-        }
-        self._verify(recorder.answer)
+        kept = [*_tensors([call.output for call in self.calls])]
+        known = len(tails.get(layer, ())) == len(kept) and layer in tails
+        if not known:
+            tails[layer] = self._entry_an_image(kept, execution)
+        own = (tensor for tensor, grows in zip(kept, tails[layer], strict=True) if grows)
+        self.an_image_each = {id(x), *map(id, own)}
+        if not known:
+            try:
+                self._verify(recorder.answer, execution)
+            except ModelError:
+                del tails[layer]
+                raise
 
-    def _verify(self, expected: Any) -> None:
+    def _entry_an_image(self, kept: list[Tensor], execution: Execution) -> tuple[bool, ...]:
+        """Which stored tensors grow with the batch, seen in a second pass over another number of images."""
+        other = self.x[:1] if len(self.x) > 1 else torch.cat([self.x, self.x])
+        twin, _ = _recorded(self.module, self.layer, other, execution)
+        changed = [*_tensors([call.output for call in twin.calls])]
+        return tuple(
+            tensor.ndim > 0 and len(tensor) == len(self.x) and len(less) == len(other)
+            for tensor, less in zip(kept, changed, strict=True)
+        )
+
+    def _verify(self, expected: Any, execution: Execution) -> None:
         """Replay the batch in reverse order once: what cannot be told apart while recording shows here.
 
         Raises:
@@ -144,12 +169,13 @@ class Replay:
         turned = torch.arange(len(self.x)).flip(0)
         acts = self.activations()
         with torch.no_grad():
-            found = self(acts[turned.to(acts.device)], turned)
+            found = execution.run(lambda turn: self(turn, turned), acts[turned.to(acts.device)])
         for before, now in zip(_tensors(expected), _tensors(found), strict=True):
             if before.ndim and before.shape == now.shape and len(before) == len(self.x):
-                bound = 1e-4 * float(before.abs().max()) + 1e-12
+                near = 2e-2 if before.dtype in (torch.float16, torch.bfloat16) or execution.precision else 1e-4
+                bound = near * float(before.abs().max()) + 1e-12
                 if not torch.allclose(
-                    before[turned.to(before.device)], now, rtol=1e-4, atol=bound, equal_nan=True
+                    before[turned.to(before.device)], now, rtol=near, atol=bound, equal_nan=True
                 ):
                     raise ModelError(
                         f"the network cannot be run from layer {self.layer!r} on: its parts do not keep images apart "
@@ -190,6 +216,52 @@ class Replay:
         if stored.untyped_storage().data_ptr() in self.read:
             return stored[image.to(stored.device)]
         return stored[:1].expand(len(image), *stored.shape[1:])
+
+
+class Prefix:
+    """The replays of a batch, one a micro-batch: ``prefix(acts, image)`` for copies of any images of the batch.
+
+    Raises:
+        ModelError: as for ``Replay``.
+        MemoryExhausted: a single image does not fit.
+    """
+
+    def __init__(
+        self, module: nn.Module, layer: str, x: Tensor, execution: Execution, tails: dict[str, tuple[bool, ...]]
+    ) -> None:
+        self.replays: list[Replay] = []
+        self.starts: list[int] = []
+
+        def record(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+            replay = Replay(module, layer, part, execution, tails)
+            self.replays.append(replay)
+            self.starts.append(int(index[0]))
+            return (replay.activations(),)
+
+        (self.acts,) = execution.each(record, x, torch.arange(len(x)))
+
+    def activations(self) -> Tensor:
+        """The layer's own output on the batch, (B, ...)."""
+        return self.acts
+
+    def __call__(self, acts: Tensor, image: Tensor) -> Any:
+        owner = torch.searchsorted(torch.tensor(self.starts), image, right=True) - 1  # (M,)
+        present = owner.unique().tolist()
+        if len(present) == 1:
+            return self.replays[present[0]](acts, image - self.starts[present[0]])
+        places = [(owner == number).nonzero()[:, 0] for number in present]
+        answers = [
+            self.replays[number](acts[place.to(acts.device)], image[place] - self.starts[number])
+            for number, place in zip(present, places, strict=True)
+        ]
+        back = torch.cat(places).argsort()
+        return tree_map(lambda *parts: _joined(parts, back), *answers)
+
+
+def _joined(parts: tuple[Any, ...], back: Tensor) -> Any:
+    if not isinstance(parts[0], Tensor) or not parts[0].ndim:
+        return parts[0]
+    return torch.cat(parts)[back.to(parts[0].device)]
 
 
 def _mapped(fn: Callable[[Tensor], Tensor], value: Any) -> Any:

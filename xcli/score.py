@@ -5,33 +5,33 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xcli.backward import (
+    Curvature,
+    Folded,
+    Gradients,
+    curvature,
+    differentiated,
+    folded,
+    from_forward,
+    gradients,
+)
 from xcli.execution import Execution
 from xcli.forward import Forward, require_all
-from xcli.hooks import recording
+from xcli.errors import ModelError
+from xcli.hooks import full, recording
 from xcli.layers import Layer, Layers
-from xcli.replay import Replay
-from xcli.targets import Rows, Scale
+from xcli.replay import Prefix
+from xcli.targets import Reading, Rows, Scale
 
 Kept = TypeVar("Kept")
 Copies = Tensor | Callable[[Tensor], Tensor]
 """Inputs (M, C, H, W), or a pure function that makes those of an index (m,): a retry calls it again."""
-
-
-class Gradients(NamedTuple):
-    """What ``Score.gradients`` gives, an entry a layer (one entry for the input): tensors of N rows."""
-
-    acts: tuple[Tensor, ...]
-    grads: tuple[Tensor, ...]
-    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Score:
         layers: the survey of the network's layers (``layers.survey``).
         keys: one name an image, from which its random numbers are drawn; for bare tensors, a hash of the content.
         forward: a pass that has already run on the batch, used where it covers what is asked.
+        create_graph: keep the graphs of whatever is computed, so that maps can be differentiated in turn, by the
+            images and by every weight that asks for a gradient; memory grows with all that is kept.
     """
 
     module: nn.Module
@@ -56,7 +58,8 @@ class Score:
     seed: int = 0
     keys: Sequence[str] = ()
     forward: Forward | None = None
-    prefix: Replay | None = None
+    create_graph: bool = False
+    prefix: Prefix | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     scales: dict[Scale, Score] = field(default_factory=dict, repr=False)
 
@@ -81,10 +84,24 @@ class Score:
         """The same rows seen by another network of the same structure."""
         return replace(self, module=module, forward=None, prefix=None, memo={}, scales={})
 
+    def reading(self, values: Callable[[Any, Tensor, Tensor], Tensor]) -> Score:
+        """The same rows with another number explained: ``values(outputs, copy, row)``, as ``Rows.values``."""
+        return replace(self, rows=Reading(self.rows, values), memo={}, scales={})
+
     def apart(self) -> Score:
         """The same rows with an image of their own each, in the same order: for inputs that differ from row to row."""
-        keys = [self.keys[image] for image in self.image.tolist()]
-        return replace(self, rows=self.rows.apart(), keys=keys, forward=None, prefix=None, memo={}, scales={})
+        return self._taken(torch.arange(len(self.image)), torch.arange(len(self.image)), self.image)
+
+    def copies(self, image: Tensor) -> tuple[Score, Tensor]:
+        """The score of copies of the images ``image`` (M,), each for all rows of its image, and which row of this score
+        each of its rows (P,) is. Copies draw the random numbers of their image."""
+        copy, row = self.pairs(image)
+        return self._taken(row, copy, image), row
+
+    def _taken(self, row: Tensor, image: Tensor, source: Tensor) -> Score:
+        keys = [self.keys[i] for i in source.tolist()] if len(self.keys) else ()
+        rows = self.rows.taken(row, image)
+        return replace(self, rows=rows, keys=keys, forward=None, prefix=None, memo={}, scales={})
 
     def generator(self, row: int, tag: str) -> torch.Generator:
         """A fresh CPU generator for one row, seeded by (seed, its image's key, ``tag``): the batch, the order and
@@ -116,12 +133,12 @@ class Score:
 
         Returns (values, copy, row), each (P,): value p is of input ``copy[p]`` for row ``row[p]``.
         """
-        copy, row = self._pairs(image)
+        copy, row = self.pairs(image)
         bounds = torch.searchsorted(copy, torch.arange(len(image) + 1))
 
         def score(index: Tensor) -> tuple[Tensor, ...]:
             first, last = int(bounds[index[0]]), int(bounds[index[-1] + 1])
-            outputs = self._outputs(taken(x, index), image[index])
+            outputs = self.outputs(taken(x, index), image[index])
             return (self.rows.values(outputs, copy[first:last] - index[0], row[first:last]),)
 
         with torch.inference_mode():
@@ -142,7 +159,7 @@ class Score:
             return self.on(x, torch.arange(len(x)))[0]
         bounds, parts = itertools.pairwise(self.forward.bounds), []
         for outputs, (first, last) in zip(self.forward.outputs, bounds, strict=True):
-            parts.append(self.rows.values(outputs, *self._pairs(torch.arange(first, last))).detach())
+            parts.append(self.rows.values(outputs, *self.pairs(torch.arange(first, last))).detach())
         return torch.cat(parts)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -175,7 +192,7 @@ class Score:
 
     def values(self, x: Tensor, row: Tensor) -> Tensor:
         """``at`` in one pass, without chunks, in whatever grad mode the caller is: a differentiable (M,)."""
-        return self.rows.values(self._outputs(x, self.image[row]), torch.arange(len(row)), row)
+        return self.rows.values(self.outputs(x, self.image[row]), torch.arange(len(row)), row)
 
     def activations(self, x: Tensor, at: Sequence[Layer]) -> tuple[Tensor, ...]:
         """The raw outputs of layers on the images ``x`` (B, C, H, W), one tensor (B, ...) a layer."""
@@ -194,117 +211,63 @@ class Score:
     def tail(self, x: Tensor, at: Layer) -> Score:
         """The score as a function of the raw output of ``at``; what comes before has run once and is kept.
 
-        Inputs of the new score are layer outputs (M, ...), for copies of the same B images. ``x`` is the batch.
+        Inputs of the new score are layer outputs (M, ...), for copies of the same B images; ``outputs`` are those of
+        the images themselves. ``x`` is the batch.
+
+        Raises:
+            ModelError: what follows the layer cannot be run by itself, or the score keeps its graph.
         """
-        return replace(self, prefix=Replay(self.module, at.name, x), forward=None, memo={}, scales={})
+        if self.create_graph:
+            raise ModelError("this method gives no maps that can be trained through: it runs the network in parts")
+        prefix = Prefix(self.module, at.name, x, self.execution, self.layers.tails)
+        return replace(self, prefix=prefix, forward=None, memo={}, scales={})
 
     # ---- gradients --------------------------------------------------------------------------------------------
 
-    def gradients(
-        self,
-        x: Tensor,
-        at: Sequence[Layer] = (),
-        *,
-        row: Tensor | None = None,
-        create_graph: bool = False,
-    ) -> Gradients:
+    def gradients(self, x: Tensor, at: Sequence[Layer] = (), *, row: Tensor | None = None) -> Gradients:
         """Activations, gradients and values at layers, or at the input where ``at`` is empty.
 
         Args:
             x: the images (B, C, H, W), explained for every row; or, with ``row``, inputs (M, C, H, W), input i for
                 ``row[i]``.
             at: layers; the graph starts at the first of them to run, so what comes before costs inference alone.
-            create_graph: keep the whole graph, so that the gradients can be differentiated in turn.
 
         Returns:
             raw layer outputs and gradients, (N, ...) each ((M, ...) with ``row``), and the values (N,) or (M,).
         """
         names = tuple(layer.name for layer in at)
-        if row is None and not create_graph and (known := self._from_forward(x, names)) is not None:
+        if row is None and not self.create_graph and (known := from_forward(self, x, names)) is not None:
             return known
+        found = differentiated(self, x, names, gradients, row)
+        count = (len(found) - 1) // 2
+        return Gradients(found[:count], found[count:-1], found[-1])
 
-        def run(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-            image = index if row is None else self.image[row[index]]
-            acts, outputs = self._graph(part, image, names, whole=create_graph)
-            pairs = self._pairs(index) if row is None else (torch.arange(len(index)), row[index])
-            return self._backward(acts, outputs, *pairs, keep=create_graph, create_graph=create_graph)
+    def curvature(self, x: Tensor, at: Sequence[Layer]) -> Curvature:
+        """``gradients`` at layers and the products H A of the Hessian of the score there with the activations A.
 
-        return as_gradients(self.execution.each(run, x, torch.arange(len(x))))
+        One forward pass, one backward pass of the tail and one through it again, for each layer.
+        """
+        found = differentiated(self, x, tuple(layer.name for layer in at), curvature)
+        count = len(at)
+        return Curvature(found[:count], found[count : 2 * count], found[2 * count : -1], found[-1])
 
-    def _graph(
-        self, x: Tensor, image: Tensor, names: Sequence[str], *, whole: bool
-    ) -> tuple[tuple[Tensor, ...], Any]:
-        with ExitStack() as undo:
-            undo.enter_context(torch.set_grad_enabled(whole or not names))
-            if whole:  # fused attention has no second derivative
-                undo.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if whole or not names:
-                x = x if whole and x.requires_grad else x.detach().requires_grad_()
-            if not names:
-                return (x,), self._outputs(x.clone(), image)
-            kept = undo.enter_context(recording(self.module, names, leaves=() if whole else names))
-            outputs = self._outputs(x, image)
-            return tuple(require_all(kept, names)[name] for name in names), outputs
+    def folded(
+        self, x: Tensor, at: Sequence[str], fold: Callable[[int, Tensor], tuple[Tensor, ...]]
+    ) -> Folded:
+        """The gradient at the images (B, C, H, W), and sums over modules of what ``fold`` makes of the gradient there.
 
-    def _backward(
-        self,
-        acts: tuple[Tensor, ...],
-        outputs: Any,
-        copy: Tensor,
-        row: Tensor,
-        *,
-        keep: bool,
-        create_graph: bool,
-    ) -> tuple[Tensor, ...]:
-        """Activations, gradients and values of pairs (copy, row); as many backward passes as a copy has rows."""
-        with torch.enable_grad():
-            values = self.rows.values(outputs, copy, row)  # (P,)
-        turns = turn_of(copy)  # (P,)
-        last = int(turns.max()) if len(turns) else -1
-        grads = [[torch.zeros_like(act)] for act in acts] if last < 0 else [[] for _ in acts]
-        for turn in range(last + 1):
-            with torch.enable_grad():  # whatever mode the caller is in
-                picked = values.sum() if last == 0 else values[(turns == turn).to(values.device)].sum()
-            again = keep or turn < last
-            found = torch.autograd.grad(
-                picked, acts, retain_graph=again, create_graph=create_graph, materialize_grads=True
-            )
-            for own, grad in zip(grads, found, strict=True):
-                own.append(grad)
-        own_grads = tuple(of_pairs(torch.stack(own), turns, copy) if last else own[0] for own in grads)
-        own_acts = (
-            acts if last == 0 and len(copy) == len(acts[0]) else tuple(a[copy.to(a.device)] for a in acts)
-        )
-        if last == 0 and own_acts is not acts:  # some copies have no row
-            own_grads = tuple(grad[copy.to(grad.device)] for grad in own_grads)
-        if not create_graph:
-            own_acts, values = tuple(act.detach() for act in own_acts), values.detach()
-        return (*map(full, own_acts), *map(full, own_grads), values)
+        The gradient at a module's output lives until it is folded, so many modules cost no more memory than one.
 
-    def _from_forward(self, x: Tensor, names: tuple[str, ...]) -> Gradients | None:
-        """``gradients`` of the pass that has already run, where it covers what is asked and memory suffices."""
-        if self.forward is None or not self.forward.covers(x, names, graph=True):
-            return None
-        if names not in self.memo:
-            parts = []
-            for kept, outputs, bounds in zip(
-                self.forward.acts, self.forward.outputs, itertools.pairwise(self.forward.bounds), strict=True
-            ):
-                acts, pairs = tuple(kept[name] for name in names), self._pairs(torch.arange(*bounds))
-                backward = partial(self._backward, acts, outputs, *pairs, keep=True, create_graph=False)
-                part = self.execution.attempt(backward)
-                if part is None:
-                    self.forward.drop()
-                    self.execution.keep_graphs = False
-                    return None
-                parts.append(part)
-            self.memo[names] = as_gradients(tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-        found: Gradients = self.memo[names]
-        return found
+        Args:
+            at: names of modules, each of which yields one tensor; one that runs twice is folded twice.
+            fold: (index into ``at``, gradient (m, ...)) -> tensors (m, ...), of the same shapes for every module.
+        """
+        grads, *folds, values = folded(self, x, at, fold)
+        return Folded(grads, tuple(folds), values)
 
     # ---- which copy serves which row --------------------------------------------------------------------------
 
-    def _pairs(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def pairs(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Every (copy, row) where the row is of the copy's image, sorted by copy, for copies of ``image`` (M,)."""
         start = torch.searchsorted(self.image, image)
         count = torch.searchsorted(self.image, image, right=True) - start
@@ -312,7 +275,8 @@ class Score:
         within = torch.arange(len(copy)) - (count.cumsum(0) - count)[copy]
         return copy, start[copy] + within
 
-    def _outputs(self, x: Tensor, image: Tensor) -> Any:
+    def outputs(self, x: Tensor, image: Tensor) -> Any:
+        """What the network answers to copies (M, ...) of the images ``image`` (M,), in the precision of the run."""
         if (prefix := self.prefix) is None:
             return self.execution.run(self.module, x)
         return self.execution.run(lambda acts: prefix(acts, image), x)
@@ -321,25 +285,3 @@ class Score:
 def taken(x: Copies, index: Tensor) -> Tensor:
     """The inputs of ``index`` (m,), made now or picked out."""
     return x(index) if callable(x) else x[index.to(x.device)]
-
-
-def as_gradients(found: tuple[Tensor, ...]) -> Gradients:
-    """The flat result of a chunked pass, activations, gradients and values in this order, taken apart."""
-    count = (len(found) - 1) // 2
-    return Gradients(found[:count], found[count:-1], found[-1])
-
-
-def of_pairs(stacked: Tensor, turn: Tensor, copy: Tensor) -> Tensor:
-    """The gradient of each pair (P, ...) from those of each turn and copy (turns, copies, ...)."""
-    return stacked[turn.to(stacked.device), copy.to(stacked.device)]
-
-
-def turn_of(copy: Tensor) -> Tensor:
-    """How often each entry of a sorted index (P,) has been seen before it: 0 for the first row of a copy."""
-    starts = torch.searchsorted(copy, copy)
-    return torch.arange(len(copy)) - starts
-
-
-def full(tensor: Tensor) -> Tensor:
-    """At least float32: half-precision activations are brought up before a method computes with them."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xcli.models import find_logits
 
-Scale = Literal["logit", "probability", "log-probability", "contrast"]
+Scale = Literal["logit", "probability", "log-probability", "contrast", "rest"]
 
 
 class Rows(Protocol):
@@ -32,8 +32,8 @@ class Rows(Protocol):
     def retarget(self, target: Tensor) -> Self:
         """The same images with other targets (N,)."""
 
-    def apart(self) -> Self:
-        """The same rows, each about an image of its own: row i about image i."""
+    def taken(self, row: Tensor, image: Tensor) -> Self:
+        """The rows ``row`` (P,), each about the image ``image`` (P,), non-decreasing."""
 
     def logits(self, outputs: Any) -> Tensor:
         """What the targets are chosen from, a number each: (M, L) of M inputs."""
@@ -65,8 +65,8 @@ class ClassRows:
     def retarget(self, target: Tensor) -> ClassRows:
         return replace(self, target=target)
 
-    def apart(self) -> ClassRows:
-        return replace(self, image=torch.arange(len(self.image)))
+    def taken(self, row: Tensor, image: Tensor) -> ClassRows:
+        return replace(self, image=image, target=self.target[row.to(self.target.device)])
 
     def logits(self, outputs: Any) -> Tensor:
         logits = find_logits(outputs, self.output)
@@ -76,14 +76,47 @@ class ClassRows:
         return {"target": self.target}
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Other rows with a number of one's own explained for each: ``number(outputs, copy, row)``, as ``Rows.values``."""
+
+    rows: Rows
+    number: Callable[[Any, Tensor, Tensor], Tensor]
+
+    @property
+    def image(self) -> Tensor:
+        return self.rows.image
+
+    def values(self, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
+        return self.number(outputs, copy, row)
+
+    def scaled(self, scale: Scale) -> Reading:
+        return self
+
+    def retarget(self, target: Tensor) -> Reading:
+        return replace(self, rows=self.rows.retarget(target))
+
+    def taken(self, row: Tensor, image: Tensor) -> Reading:
+        number = self.number
+        return Reading(self.rows.taken(row, image), lambda outputs, copy, own: number(outputs, copy, row[own]))
+
+    def logits(self, outputs: Any) -> Tensor:
+        return self.rows.logits(outputs)
+
+    def columns(self) -> Mapping[str, Tensor]:
+        return self.rows.columns()
+
+
 def in_scale(logits: Tensor, target: Tensor, scale: Scale) -> Tensor:
     """One number a row from logits (P, L) and class indices (P,).
 
-    ``logit`` z_c; ``probability`` and ``log-probability`` of the softmax; ``contrast`` z_c - max of the others.
+    ``logit`` z_c; ``probability`` and ``log-probability`` of the softmax; ``contrast`` z_c - max of the others;
+    ``rest`` z_c + log softmax_c, the residual softmax target of arXiv:2501.06261.
     """
     own = logits.gather(1, target[:, None])[:, 0]  # (P,)
     if logits.shape[1] == 1:
-        return {"probability": own.sigmoid(), "log-probability": F.logsigmoid(own)}.get(scale, own)
+        sure = F.logsigmoid(own)
+        return {"probability": own.sigmoid(), "log-probability": sure, "rest": own + sure}.get(scale, own)
     match scale:
         case "logit":
             return own
@@ -93,6 +126,8 @@ def in_scale(logits: Tensor, target: Tensor, scale: Scale) -> Tensor:
             return logits.log_softmax(1).gather(1, target[:, None])[:, 0]
         case "contrast":
             return own - logits.scatter(1, target[:, None], float("-inf")).amax(1)
+        case "rest":
+            return own + logits.log_softmax(1).gather(1, target[:, None])[:, 0]
 
 
 def probabilities(logits: Tensor) -> Tensor:

@@ -1,0 +1,229 @@
+"""Gradients of the rows of a score: one graph a micro-batch, as many backward passes as an image has rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from xcli.forward import require_all
+from xcli.hooks import full, observed, recording
+
+if TYPE_CHECKING:
+    from xcli.score import Score
+
+Differentiate = Callable[[Tensor, bool], tuple[Tensor, ...]]
+"""(a sum of scores of different copies, whether the graph is needed again) -> tensors of an entry a copy."""
+
+
+class Gradients(NamedTuple):
+    """What ``Score.gradients`` gives, an entry a layer (one entry for the input): tensors of N rows."""
+
+    acts: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+    values: Tensor
+
+
+class Curvature(NamedTuple):
+    """What ``Score.curvature`` gives, an entry a layer: activations A, gradients G, and products H A with the Hessian
+    H of the score at that layer, tensors of N rows."""
+
+    acts: tuple[Tensor, ...]
+    grads: tuple[Tensor, ...]
+    products: tuple[Tensor, ...]
+    values: Tensor
+
+
+class Folded(NamedTuple):
+    """What ``Score.folded`` gives: the gradient at the input (N, C, H, W) and the sums over layers (N, ...)."""
+
+    grads: Tensor
+    folds: tuple[Tensor, ...]
+    values: Tensor
+
+
+Derive = Callable[..., tuple[Tensor, ...]]
+"""``gradients`` or ``curvature``, below."""
+
+
+def gradients(picked: Tensor, at: tuple[Tensor, ...], *, again: bool, graph: bool) -> tuple[Tensor, ...]:
+    """The gradients of a sum of scores at some tensors; zeros where it does not depend on one."""
+    return torch.autograd.grad(picked, at, retain_graph=again, create_graph=graph, materialize_grads=True)
+
+
+def curvature(picked: Tensor, at: tuple[Tensor, ...], *, again: bool, graph: bool) -> tuple[Tensor, ...]:
+    """Gradients G, then products of the Hessian with the tensors themselves, one each: d(G . A) / dA with A held."""
+    grads = gradients(picked, at, again=True, graph=True)
+    products: list[Tensor] = []
+    for index, (act, grad) in enumerate(zip(at, grads, strict=True)):
+        if not grad.requires_grad:  # what follows is linear
+            products.append(torch.zeros_like(act))
+            continue
+        (product,) = torch.autograd.grad(
+            grad,
+            act,
+            act if graph else act.detach(),
+            retain_graph=again or graph or index < len(at) - 1,
+            create_graph=graph,
+            materialize_grads=True,
+        )
+        products.append(product)
+    return (*(grad if graph else grad.detach() for grad in grads), *products)
+
+
+def differentiated(
+    score: Score, x: Tensor, names: tuple[str, ...], derive: Derive, row: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Activations (or the input), what ``derive`` makes of score and activations, the values: N rows each."""
+
+    def run(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        image = index if row is None else score.image[row[index]]
+        acts, outputs = _graph(score, part, image, names, second=score.create_graph or derive is curvature)
+        return _explained(score, acts, outputs, derive, *_served(score, index, row))
+
+    return score.execution.each(run, x, torch.arange(len(x)))
+
+
+def folded(
+    score: Score, x: Tensor, at: Sequence[str], fold: Callable[[int, Tensor], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """The gradient at the input, the sums over modules of what ``fold`` makes of the gradient there, the values."""
+
+    def run(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        sums: list[Tensor] = []
+
+        def add(number: int, grad: Tensor) -> None:
+            made = fold(number, full(grad))
+            sums[:] = [a + b for a, b in zip(sums, made, strict=True)] if sums else made
+
+        def differentiate(picked: Tensor, again: bool) -> tuple[Tensor, ...]:
+            sums.clear()
+            return (*gradients(picked, pixels, again=again, graph=score.create_graph), *sums)
+
+        with ExitStack() as undo:
+            for number, name in enumerate(at):
+                undo.enter_context(observed(score.module.get_submodule(name), partial(add, number)))
+            pixels, outputs = _graph(score, part, index, (), second=score.create_graph)
+        return _rows(score, outputs, differentiate, *score.pairs(index))
+
+    return score.execution.each(run, x, torch.arange(len(x)))
+
+
+def from_forward(score: Score, x: Tensor, names: tuple[str, ...]) -> Gradients | None:
+    """Gradients of the pass that has already run, where it covers what is asked and memory suffices."""
+    if score.forward is None or not score.forward.covers(x, names, graph=True):
+        return None
+    if names not in score.memo:
+        parts = []
+        for kept, outputs, bounds in zip(
+            score.forward.acts, score.forward.outputs, itertools.pairwise(score.forward.bounds), strict=True
+        ):
+            acts, pairs = tuple(kept[name] for name in names), score.pairs(torch.arange(*bounds))
+            explained = partial(_explained, score, acts, outputs, gradients, *pairs, keep=True)
+            part = score.execution.attempt(explained)
+            if part is None:
+                score.forward.drop()
+                score.execution.keep_graphs = False
+                return None
+            parts.append(part)
+        found = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        score.memo[names] = Gradients(found[: len(names)], found[len(names) : -1], found[-1])
+    known: Gradients = score.memo[names]
+    return known
+
+
+def _served(score: Score, index: Tensor, row: Tensor | None) -> tuple[Tensor, Tensor]:
+    return score.pairs(index) if row is None else (torch.arange(len(index)), row[index])
+
+
+def _graph(
+    score: Score, x: Tensor, image: Tensor, names: Sequence[str], *, second: bool
+) -> tuple[tuple[Tensor, ...], Any]:
+    """One forward pass: the tensors to differentiate at, and the outputs. ``second``: to be done twice."""
+    whole = score.create_graph or not names
+    with ExitStack() as undo:
+        undo.enter_context(torch.set_grad_enabled(whole))
+        if second:  # fused attention has no second derivative
+            undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if whole:
+            x = x if score.create_graph and x.requires_grad else x.detach().requires_grad_()
+        if not names:
+            return (x,), score.outputs(x.clone(), image)
+        kept = undo.enter_context(recording(score.module, names, leaves=() if whole else names))
+        outputs = score.outputs(x, image)
+        return tuple(require_all(kept, names)[name] for name in names), outputs
+
+
+def _explained(
+    score: Score,
+    acts: tuple[Tensor, ...],
+    outputs: Any,
+    derive: Derive,
+    copy: Tensor,
+    row: Tensor,
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, ...]:
+    def differentiate(picked: Tensor, again: bool) -> tuple[Tensor, ...]:
+        return derive(picked, acts, again=again, graph=score.create_graph)
+
+    own = tuple(full(of_copies(act if score.create_graph else act.detach(), copy)) for act in acts)
+    return (*own, *_rows(score, outputs, differentiate, copy, row, keep=keep))
+
+
+def _rows(
+    score: Score, outputs: Any, differentiate: Differentiate, copy: Tensor, row: Tensor, *, keep: bool = False
+) -> tuple[Tensor, ...]:
+    """What ``differentiate`` makes of the score of each pair (copy, row), and the scores."""
+    with torch.enable_grad():  # whatever mode the caller is in
+        values = score.rows.values(outputs, copy, row)  # (P,)
+    made = each_row(values, copy, differentiate, keep=keep or score.create_graph)
+    return (*map(full, made), values if score.create_graph else values.detach())
+
+
+def each_row(
+    values: Tensor, copy: Tensor, differentiate: Differentiate, *, keep: bool = False
+) -> tuple[Tensor, ...]:
+    """What ``differentiate`` makes of the score of each pair (P,): tensors (P, ...).
+
+    Scores of different copies do not touch each other, so one backward pass serves a row of every copy.
+
+    Args:
+        values: scores (P,) with their graph, sorted by ``copy``.
+        copy: (P,) index of each pair's copy.
+        keep: leave the graph as it is after the last pass too.
+    """
+    turns = turn_of(copy)  # (P,)
+    last = max(int(turns.max()), 0) if len(turns) else 0
+    made: list[tuple[Tensor, ...]] = []
+    for turn in range(last + 1):
+        with torch.enable_grad():  # whatever mode the caller is in
+            picked = values.sum() if last == 0 else values[(turns == turn).to(values.device)].sum()
+        made.append(differentiate(picked, keep or turn < last))
+    if last == 0:
+        return tuple(of_copies(tensor, copy) for tensor in made[0])
+    return tuple(of_pairs(torch.stack(own), turns, copy) for own in zip(*made, strict=True))
+
+
+def of_copies(tensor: Tensor, copy: Tensor) -> Tensor:
+    """The entry of each pair (P, ...) from that of each copy; the tensor itself where every copy has one pair."""
+    if len(copy) == len(tensor) and bool((turn_of(copy) == 0).all()):
+        return tensor
+    return tensor[copy.to(tensor.device)]
+
+
+def of_pairs(stacked: Tensor, turn: Tensor, copy: Tensor) -> Tensor:
+    """The gradient of each pair (P, ...) from those of each turn and copy (turns, copies, ...)."""
+    return stacked[turn.to(stacked.device), copy.to(stacked.device)]
+
+
+def turn_of(copy: Tensor) -> Tensor:
+    """How often each entry of a sorted index (P,) has been seen before it: 0 for the first row of a copy."""
+    starts = torch.searchsorted(copy, copy)
+    return torch.arange(len(copy)) - starts
