@@ -129,7 +129,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(
     if where == "forward":
         model.head.register_forward_hook(fail)
     else:
-        monkeypatch.setattr(GradCAM, "map", fail)
+        monkeypatch.setattr(GradCAM, "weighted", fail)
     before = state(model)
     fast = torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(KeyError, match="in the middle"):

@@ -117,7 +117,12 @@ output:
 """
 
 METHODS = ", ".join(registry.methods())
-GRADCAM = "reduce, upsampling, layer, fusion, relu, as, preset, score"
+GRADCAM = ", ".join(
+    [
+        "reduce, upsampling, layer, relu, fusion, normalise, fused_at, aug_smooth",
+        "eigen_smooth, sign, as, preset, score",
+    ]
+)
 
 EXPECTED = f"""\
 my.yaml:1:46: model.wieghts: unknown key 'wieghts'; known here: source, name, weights, checkpoints, preprocess, \

@@ -46,8 +46,8 @@ def test_every_method_keeps_every_promise(name, promise, network):
 
 
 class DependsOnCompany(GradCAM):
-    def map(self, acts, grads):
-        return super().map(acts, grads) - acts.mean()
+    def weighted(self, acts, grads):
+        return super().weighted(acts, grads) + acts.mean()
 
 
 class LeavesAHook(GradCAM):
@@ -63,18 +63,18 @@ class ChangesTheMode(GradCAM):
 
 
 class LosesARow(GradCAM):
-    def map(self, acts, grads):
-        return super().map(acts, grads)[:-1]
+    def weighted(self, acts, grads):
+        return super().weighted(acts, grads)[:-1]
 
 
 class NotFinite(GradCAM):
-    def map(self, acts, grads):
-        return super().map(acts, grads) / 0 * torch.nan
+    def weighted(self, acts, grads):
+        return super().weighted(acts, grads) / 0 * torch.nan
 
 
 class DrawsGlobally(GradCAM):
-    def map(self, acts, grads):
-        return super().map(acts, grads) + torch.rand(acts.shape[0], *acts.shape[2:])
+    def weighted(self, acts, grads):
+        return super().weighted(acts, grads) + torch.rand(acts.shape)
 
 
 @pytest.mark.parametrize(

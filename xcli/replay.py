@@ -172,7 +172,9 @@ class Replay:
             found = execution.run(lambda turn: self(turn, turned), acts[turned.to(acts.device)])
         for before, now in zip(_tensors(expected), _tensors(found), strict=True):
             if before.ndim and before.shape == now.shape and len(before) == len(self.x):
-                near = 2e-2 if before.dtype in (torch.float16, torch.bfloat16) or execution.precision else 1e-4
+                near = (
+                    2e-2 if before.dtype in (torch.float16, torch.bfloat16) or execution.precision else 1e-4
+                )
                 bound = near * float(before.abs().max()) + 1e-12
                 if not torch.allclose(
                     before[turned.to(before.device)], now, rtol=near, atol=bound, equal_nan=True
@@ -227,7 +229,12 @@ class Prefix:
     """
 
     def __init__(
-        self, module: nn.Module, layer: str, x: Tensor, execution: Execution, tails: dict[str, tuple[bool, ...]]
+        self,
+        module: nn.Module,
+        layer: str,
+        x: Tensor,
+        execution: Execution,
+        tails: dict[str, tuple[bool, ...]],
     ) -> None:
         self.replays: list[Replay] = []
         self.starts: list[int] = []

@@ -21,9 +21,9 @@ from xcli.backward import (
     from_forward,
     gradients,
 )
+from xcli.errors import ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward, require_all
-from xcli.errors import ModelError
 from xcli.hooks import full, recording
 from xcli.layers import Layer, Layers
 from xcli.replay import Prefix
@@ -218,7 +218,9 @@ class Score:
             ModelError: what follows the layer cannot be run by itself, or the score keeps its graph.
         """
         if self.create_graph:
-            raise ModelError("this method gives no maps that can be trained through: it runs the network in parts")
+            raise ModelError(
+                "this method gives no maps that can be trained through: it runs the network in parts"
+            )
         prefix = Prefix(self.module, at.name, x, self.execution, self.layers.tails)
         return replace(self, prefix=prefix, forward=None, memo={}, scales={})
 

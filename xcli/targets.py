@@ -98,7 +98,9 @@ class Reading:
 
     def taken(self, row: Tensor, image: Tensor) -> Reading:
         number = self.number
-        return Reading(self.rows.taken(row, image), lambda outputs, copy, own: number(outputs, copy, row[own]))
+        return Reading(
+            self.rows.taken(row, image), lambda outputs, copy, own: number(outputs, copy, row[own])
+        )
 
     def logits(self, outputs: Any) -> Tensor:
         return self.rows.logits(outputs)

@@ -19,7 +19,8 @@ from toys import PooledLinear, Tokens, bound, images, made
 from xcli.demo import nets
 from xcli.methods.cam.base import fused
 from xcli.methods.cam.gradient import GradCAM, HiResCAM, LayerCAM
-from xcli.methods.cam.spectral import EigenCAM, first_component
+from xcli.methods.cam.spectra import first_component
+from xcli.methods.cam.spectral import EigenCAM
 
 PEERS = {GradCAM: PeerGradCAM, HiResCAM: PeerHiResCAM, LayerCAM: PeerLayerCAM}
 

@@ -1,10 +1,11 @@
-"""What class activation maps share: their layer, their grid, and how several layers become one map."""
+"""What class activation maps share: their layers and grids, views of the picture, and how several maps become one."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -13,13 +14,27 @@ from torch import Tensor
 
 from xcli.layers import Layer, Layers
 from xcli.methods.base import Method, Need, resized
+from xcli.methods.cam.spectra import Sign, first_component
 from xcli.registry import options
 from xcli.score import Score
+
+VIEWS = tuple(product((False, True), (0.9, 1.0, 1.1)))
+"""Mirrored left to right or not, and the factor on the network's input: the views of ``aug_smooth``."""
+
+GRAD_CAM: dict[str, object] = {"relu": True, "fusion": "mean", "normalise": "min-max", "fused_at": "input"}
+"""How the grad-cam package finishes every map: rectified, min-max scaled, brought to the input's size, averaged."""
+
+TORCH_CAM: dict[str, object] = {"relu": True, "fusion": "max", "normalise": "min-max", "fused_at": "finest"}
+"""How torch-cam fuses: the largest of the min-max scaled maps, on the finest grid."""
 
 
 @options
 class CAM(Method):
-    """A map on the grid of one layer; on a transformer, of its patch tokens."""
+    """A map on the grid of one layer; on a transformer, of its patch tokens.
+
+    The map of one layer stays raw. Maps that are combined, of several layers or of the views of ``aug_smooth``, are
+    first scaled as ``normalise`` says.
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"layer"})
 
@@ -29,10 +44,25 @@ class CAM(Method):
             description="auto (see xai layers), a module name, a list of them, or a wildcard such as layer*"
         ),
     ] = "auto"
+    relu: Annotated[
+        bool, Field(description="keep the positive part of each layer's map; false gives the signed map")
+    ] = True
     fusion: Annotated[
-        Literal["mean", "max", "product"],
-        Field(description="how the maps of several layers, each scaled to [0, 1], become one"),
+        Literal["mean", "max", "product"], Field(description="how the maps of several layers become one")
     ] = "mean"
+    normalise: Annotated[
+        Literal["peak", "min-max", "tanh", "none"],
+        Field(
+            description="how each map is scaled before it is combined with others: divided by its largest absolute "
+            "value, taken to [0, 1], tanh of twice the first, or not at all"
+        ),
+    ] = "peak"
+    fused_at: Annotated[
+        Literal["finest", "input"], Field(description="the grid on which the maps of several layers meet")
+    ] = "finest"
+    aug_smooth: Annotated[
+        bool, Field(description="mean over six views: mirrored or not, the input times 0.9, 1 and 1.1")
+    ] = False
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
         """The layers of ``layer``, each with a map.
@@ -49,40 +79,89 @@ class CAM(Method):
         wanted = replace(self, layer=tuple(names)) if names else self
         return replace(self, layer=tuple(layer.name for layer in wanted.looks_at(layers)))
 
+    def attribute(self, score: Score, x: Tensor) -> Tensor:
+        if not self.aug_smooth:
+            return self._fused(score, x)
+        score, row = score.copies(torch.arange(len(x)).repeat_interleave(len(VIEWS)))
+        views = torch.stack([seen(x, *view) for view in VIEWS], 1).flatten(0, 1)  # (B V, C, H, W)
+        maps = scaled(self._fused(score, views), self.normalise)
+        mirrored = torch.tensor([mirror for mirror, _ in VIEWS])[score.image % len(VIEWS)].to(x.device)
+        maps = torch.where(mirrored[:, None, None], maps.flip(2), maps)
+        order = row.argsort(stable=True).to(x.device)
+        smooth: Tensor = maps[order].unflatten(0, (-1, len(VIEWS))).mean(1)  # (N, h, w)
+        return smooth
+
+    def _fused(self, score: Score, x: Tensor) -> Tensor:
+        maps = self.maps(score, x, self.looks_at(score.layers))
+        size = (x.shape[-2], x.shape[-1]) if self.fused_at == "input" else None
+        return fused([one.relu() if self.relu else one for one in maps], self.fusion, self.normalise, size)
+
+    @abstractmethod
+    def maps(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
+        """The raw signed map (N, h, w) of each layer, h x w its grid."""
+
 
 @options
-class GradientCAM(CAM):
-    """A map made from the activations A of a layer and the gradients G of the score there."""
+class WeightedCAM(CAM):
+    """A map that sums weighted channels."""
+
+    eigen_smooth: Annotated[
+        bool,
+        Field(description="the first principal component of the weighted channels instead of their sum"),
+    ] = False
+    sign: Sign = "peak"
+
+    def maps(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
+        for channels in self.channels(score, x, layers):
+            yield first_component(channels, self.sign) if self.eigen_smooth else channels.sum(1)
+
+    @abstractmethod
+    def channels(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
+        """The weighted channels (N, K, h, w) of each layer."""
+
+
+@options
+class GradientCAM(WeightedCAM):
+    """Channels weighed by what the activations A of a layer and the gradients G of the score there say."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"layer", "gradients"})
     cost: ClassVar[str] = "1 forward + 1 backward of what follows the layer"
 
-    relu: Annotated[
-        bool, Field(description="keep what speaks for the class only; false gives the signed map")
-    ] = True
-
-    def attribute(self, score: Score, x: Tensor) -> Tensor:
-        layers = self.looks_at(score.layers)
+    def channels(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
         acts, grads, _ = score.gradients(x, at=layers)
-        pairs = zip(layers, acts, grads, strict=True)
-        maps = [self.map(layer.maps(own), layer.maps(grad)) for layer, own, grad in pairs]
-        return fused([one.relu() if self.relu else one for one in maps], self.fusion)
+        for layer, own, grad in zip(layers, acts, grads, strict=True):
+            yield self.weighted(layer.maps(own), layer.maps(grad))
 
     @abstractmethod
-    def map(self, acts: Tensor, grads: Tensor) -> Tensor:
-        """The signed map (N, h, w) of activations and gradients (N, K, h, w)."""
+    def weighted(self, acts: Tensor, grads: Tensor) -> Tensor:
+        """The channels A, weighed by the gradients: (N, K, h, w), as both of these are."""
 
 
-def fused(maps: Sequence[Tensor], how: str) -> Tensor:
-    """One map of several layers' (N, h, w): each divided by its largest absolute value, brought to the finest grid.
+def seen(x: Tensor, mirror: bool, factor: float) -> Tensor:
+    """A view of the images: mirrored left to right or not, and multiplied."""
+    return (x.flip(3) if mirror else x) * factor
 
-    A single map stays raw.
-    """
+
+def scaled(maps: Tensor, how: str) -> Tensor:
+    """Maps (N, h, w), each brought to a range of its own; a map of zeros stays one."""
+    tiny = torch.finfo(maps.dtype).tiny
+    if how == "none":
+        return maps
+    if how == "min-max":
+        maps = maps - maps.amin((1, 2), keepdim=True)
+    peak = maps / maps.abs().amax((1, 2), keepdim=True).clamp_min(tiny)
+    return (2 * peak).tanh() if how == "tanh" else peak
+
+
+def fused(
+    maps: Sequence[Tensor], how: str, normalise: str = "peak", size: tuple[int, int] | None = None
+) -> Tensor:
+    """One map of several layers' (N, h, w): each scaled on its own grid, then brought to ``size``, the finest grid
+    where it is ``None``. A single map stays raw."""
     if len(maps) == 1:
         return maps[0]
-    finest = max(((m.shape[-2], m.shape[-1]) for m in maps), key=lambda size: size[0] * size[1])
-    scaled = [m / m.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(m.dtype).tiny) for m in maps]
-    stack = torch.stack([resized(m, finest, "bilinear") for m in scaled])  # (layers, N, h, w)
+    finest = max(((m.shape[-2], m.shape[-1]) for m in maps), key=lambda grid: grid[0] * grid[1])
+    stack = torch.stack([resized(scaled(m, normalise), size or finest, "bilinear") for m in maps])
     match how:
         case "mean":
             return stack.mean(0)

@@ -24,8 +24,8 @@ class GradCAM(GradientCAM):
     source: ClassVar[str] = "Selvaraju et al. 2017, arXiv:1610.02391"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"captum": {"relu": False}}
 
-    def map(self, acts: Tensor, grads: Tensor) -> Tensor:
-        return (grads.mean((2, 3), keepdim=True) * acts).sum(1)  # (N, h, w)
+    def weighted(self, acts: Tensor, grads: Tensor) -> Tensor:
+        return grads.mean((2, 3), keepdim=True) * acts
 
 
 @method("hirescam")
@@ -41,8 +41,8 @@ class HiResCAM(GradientCAM):
 
     source: ClassVar[str] = "Draelos and Carin 2020, arXiv:2011.08891"
 
-    def map(self, acts: Tensor, grads: Tensor) -> Tensor:
-        return (grads * acts).sum(1)  # (N, h, w)
+    def weighted(self, acts: Tensor, grads: Tensor) -> Tensor:
+        return grads * acts
 
 
 @method("layercam")
@@ -56,5 +56,5 @@ class LayerCAM(GradientCAM):
 
     source: ClassVar[str] = "Jiang et al. 2021, IEEE TIP 30 (LayerCAM)"
 
-    def map(self, acts: Tensor, grads: Tensor) -> Tensor:
-        return (grads.relu() * acts).sum(1)  # (N, h, w)
+    def weighted(self, acts: Tensor, grads: Tensor) -> Tensor:
+        return grads.relu() * acts
