@@ -387,3 +387,24 @@ def test_a_second_batch_does_not_survey_the_model_again(monkeypatch):
     with pytest.raises(RuntimeError):
         xcli.explain(net, images, target=1)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "eigencam"])
+def test_maps_can_be_trained_through_on_request(x: Tensor, method: str):
+    model = seeded(Normed).train()
+    model.conv.weight.requires_grad_(False)
+    pixels = x.clone().requires_grad_()
+    found = xcli.explain(model, pixels, method, target=1, create_graph=True)
+    found.map.square().sum().backward()
+    assert model.training
+    assert model.conv.weight.grad is None
+    assert pixels.grad.abs().sum() > 0
+    assert model.norm.weight.grad.abs().sum() > 0
+    plain = xcli.explain(model, x, method, target=1)
+    assert not plain.map.requires_grad
+    torch.testing.assert_close(found.map, plain.map)
+
+
+def test_a_method_without_a_graph_says_so(x: Tensor):
+    with pytest.raises(ModelError, match="random gives no maps that can be trained through"):
+        xcli.explain(seeded(Normed), x, "random", create_graph=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xcli.demo import nets
+from xcli.errors import ModelError
 from xcli.hooks import frozen
 from xcli.methods.base import Method
 from xcli.methods.cam.gradient import GradCAM
@@ -18,19 +19,40 @@ def method_of(name: str) -> Method:
     return cls(**cls.small)
 
 
-@pytest.fixture(scope="module", params=["shapes-cnn", "shapes-vit"])
+NETWORKS = {"shapes-cnn": (64, 48), "shapes-vit": (128, 128)}
+REFUSED = {("cam", "shapes-vit")}
+"""Pairs that cannot be computed exactly, so that a method says so instead of answering."""
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
 def network(request):
-    return nets.load(request.param).double().eval()
+    net = nets.load(request.param).double().eval()
+    net.known_as = request.param
+    return net
 
 
 def test_the_table_is_not_empty():
     assert {"gradcam", "hirescam", "layercam", "eigencam", "random"} <= set(methods())
 
 
+@pytest.mark.parametrize(("name", "network"), sorted(REFUSED), indirect=["network"])
+def test_a_method_refuses_what_it_cannot_compute_and_leaves_the_network_as_found(name, network):
+    x = contract.pictures(NETWORKS[network.known_as])
+    with frozen(network):
+        before = contract.snapshot(network)
+        with pytest.raises(ModelError, match=f"{name}: .*; "):
+            contract.maps_of(method_of(name), network, x, *contract.ROWS)
+        assert contract.snapshot(network) == before
+
+
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize("name", sorted(methods()))
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [(name, net) for name in sorted(methods()) for net in NETWORKS if (name, net) not in REFUSED],
+    indirect=["network"],
+)
 def test_every_method_keeps_every_promise(name, promise, network):
-    x = contract.pictures((128, 128) if hasattr(network, "positions") else (64, 48))
+    x = contract.pictures(NETWORKS[network.known_as])
     if promise is contract.the_network_is_left_as_found:
         promise(method_of(name), network, x)
         network.eval()

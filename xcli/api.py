@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast, get_args
 from weakref import WeakKeyDictionary
@@ -57,6 +57,7 @@ def explain(
     output: str | None = None,
     seed: int = 0,
     micro_batch: int = 64,
+    create_graph: bool = False,
 ) -> Explanations:
     """Explain a batch of preprocessed images.
 
@@ -72,10 +73,13 @@ def explain(
         output: name of the output that holds the logits, where it cannot be found by itself.
         seed: of random methods; what they draw depends on it and on the image's content only.
         micro_batch: most inputs in one pass; halved where memory runs out.
+        create_graph: keep the graph behind the maps, so that a loss over them can be differentiated, by every weight
+            that asks for a gradient and by images that do; the model runs in evaluation mode all the same.
 
     Raises:
         ConfigError: unknown method or option, a class out of range.
-        ModelError: the model has no layer that fits, no logits are found, or its weights are inference tensors.
+        ModelError: the model has no layer that fits, no logits are found, its weights are inference tensors, or the
+            method gives no maps that can be trained through.
 
     >>> import torch, xcli
     >>> from xcli.demo import nets
@@ -86,14 +90,19 @@ def explain(
     """
     _refuse_mistakes(model, images, target, score)
     chosen = method if isinstance(method, Method) else build(method)
-    with _bound(model, images, target, output, Execution(micro_batch), seed, chosen) as (bound, logits):
+    opened = _bound(model, images, target, output, Execution(micro_batch), seed, chosen, train=create_graph)
+    with opened as (bound, logits):
         size = None if native else (images.shape[-2], images.shape[-1])
+        bound = replace(bound, forward=None, create_graph=True) if create_graph else bound
         found = chosen.explain(bound.scaled(score or chosen.scale), images, size)
+        maps = found.map if create_graph else found.map.detach()
+        if create_graph and not maps.requires_grad:
+            raise ModelError(f"{chosen.name} gives no maps that can be trained through")
         rows = cast(ClassRows, bound.rows)
         own = logits[rows.image.to(logits.device)]
         index = rows.target[:, None]
         return Explanations(
-            found.map.detach(),
+            maps,
             rows.image,
             rows.target,
             own.gather(1, index)[:, 0],
@@ -192,18 +201,20 @@ def _bound(
     execution: Execution,
     seed: int,
     method: Method | None,
+    *,
+    train: bool = False,
 ) -> Iterator[tuple[Score, Tensor]]:
     """The score of ``target`` on ``images``, in logits, and the logits (B, L), from one pass; the model stays frozen
-    inside the block."""
+    inside the block, or with ``train`` in evaluation mode alone."""
     compiled = getattr(model, "_orig_mod", None)  # hooks do not reach compiled code
     model = compiled if isinstance(compiled, nn.Module) else model
     with ExitStack() as undo:
         undo.enter_context(torch.inference_mode(False))
         undo.enter_context(exact())
-        undo.enter_context(frozen(model))
+        undo.enter_context(frozen(model, weights=not train))
         layers = surveyed(model, images, output)
         at = [layer.name for layer in method.looks_at(layers)] if method is not None else []
-        graph = method is not None and "gradients" in method.needs
+        graph = method is not None and "gradients" in method.needs and not train
         forward = Forward(model, images, at, execution, leaves=at if graph else ())
         logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
         rows = _rows(target, logits, output)

@@ -13,8 +13,10 @@ from xcli.errors import ModelError
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[nn.Module]:
+def frozen(module: nn.Module, weights: bool = True) -> Iterator[nn.Module]:
     """Run ``module`` in eval mode with no parameter asking for a gradient, then put every flag back.
+
+    With ``weights`` false, in eval mode only: parameters go on asking for gradients as they did.
 
     Each sub-module's own ``training`` flag and each parameter's own ``requires_grad`` are restored, also after an
     exception. The flags are set directly: a model whose ``eval`` does more than that is not called.
@@ -24,8 +26,8 @@ def frozen(module: nn.Module) -> Iterator[nn.Module]:
     try:
         for part, _ in training:
             part.training = False
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
+        for parameter, asks in wanted:
+            parameter.requires_grad_(asks and not weights)
         yield module
     finally:
         for part, flag in training:

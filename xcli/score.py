@@ -122,7 +122,7 @@ class Score:
         def score(index: Tensor) -> tuple[Tensor, ...]:
             return (self.values(taken(x, index), row[index]),)
 
-        with torch.inference_mode():
+        with torch.inference_mode(not self.create_graph):
             (values,) = self.execution.each(score, torch.arange(len(row)))
         return values.clone()
 
@@ -141,7 +141,7 @@ class Score:
             outputs = self.outputs(taken(x, index), image[index])
             return (self.rows.values(outputs, copy[first:last] - index[0], row[first:last]),)
 
-        with torch.inference_mode():
+        with torch.inference_mode(not self.create_graph):
             (values,) = self.execution.each(score, torch.arange(len(image)))
         return values.clone(), copy, row
 
@@ -202,7 +202,7 @@ class Score:
             return tuple(full(torch.cat(tensors)) for tensors in zip(*chunks, strict=True))
 
         def run(part: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad(), recording(self.module, names) as kept:
+            with torch.set_grad_enabled(self.create_graph), recording(self.module, names) as kept:
                 self.execution.run(self.module, part)
             return tuple(full(require_all(kept, names)[name]) for name in names)
 
@@ -211,8 +211,7 @@ class Score:
     def tail(self, x: Tensor, at: Layer) -> Score:
         """The score as a function of the raw output of ``at``; what comes before has run once and is kept.
 
-        Inputs of the new score are layer outputs (M, ...), for copies of the same B images; ``outputs`` are those of
-        the images themselves. ``x`` is the batch.
+        Inputs of the new score are layer outputs (M, ...), for copies of the same B images. ``x`` is the batch.
 
         Raises:
             ModelError: what follows the layer cannot be run by itself, or the score keeps its graph.
