@@ -18,6 +18,12 @@ from torch import Tensor, nn
 
 from xcli.demo import nets
 from xcli.demo.scenes import PAIRS_SEED, load_photos, scenes
+from xcli.errors import ModelError
+from xcli.execution import Execution
+from xcli.hooks import frozen
+from xcli.layers import survey
+from xcli.score import Score
+from xcli.targets import ClassRows
 
 
 @dataclass(frozen=True)
@@ -46,50 +52,68 @@ def pairs(count: int, photos: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Ten
 def localisation(
     net: nn.Module, method: str, x: Tensor, kinds: Tensor, masks: Tensor, batch: int = 50
 ) -> Localisation:
-    """Explain both objects of every scene with ``method``, each by its class."""
-    import xcli
+    """Explain both objects of every scene with ``method``, each by its class.
 
+    Raises:
+        ModelError: the method cannot be computed on this network.
+    """
+    from xcli.registry import methods
+
+    chosen, size = methods()[method](), (x.shape[-2], x.shape[-1])
+    layers, execution = survey(net, x[:1]), Execution(batch)
     own, other, hits = [], [], []
-    for index in range(2):
-        maps = torch.cat(
-            [
-                xcli.explain(
-                    net, x[start : start + batch], method, target=kinds[start : start + batch, index]
-                ).map
-                for start in range(0, len(x), batch)
-            ]
-        )
-        energy = maps.relu().flatten(1)
-        total = energy.sum(1).clamp_min(1e-12)
-        mine, yours = masks[:, index].flatten(1), masks[:, 1 - index].flatten(1)
-        own.append((energy * mine).sum(1) / total)
-        other.append((energy * yours).sum(1) / total)
-        hits.append(mine.gather(1, maps.flatten(1).argmax(1, keepdim=True)).float())
+    with frozen(net):
+        for start in range(0, len(x), batch):
+            part, shown = x[start : start + batch], masks[start : start + batch].flatten(0, 1).flatten(1)
+            rows = ClassRows(
+                torch.arange(len(part)).repeat_interleave(2), kinds[start : start + batch].flatten()
+            )
+            keys = [f"scene-{start + index}" for index in range(len(part))]
+            score = Score(net, rows, layers, execution, keys=keys).scaled(chosen.scale)
+            maps = chosen.explain(score, part, size).map.flatten(1)  # (2 B, H W)
+            energy = maps.relu()
+            total = energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)
+            rival = shown.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            own.append((energy * shown).sum(1) / total)
+            other.append((energy * rival).sum(1) / total)
+            hits.append(shown.gather(1, maps.argmax(1, keepdim=True)).float())
     return Localisation(*(float(torch.cat(values).mean()) for values in (own, other, hits)))
 
 
 def main(
-    model: Annotated[str, typer.Argument(help="shapes-cnn or shapes-vit")] = "shapes-cnn",
+    models: Annotated[
+        list[str] | None, typer.Argument(help="shapes-cnn, shapes-vit; both if left out")
+    ] = None,
     count: Annotated[int, typer.Option(help="Scenes.")] = 200,
+    only: Annotated[str, typer.Option(help="Methods, separated by commas; all if left out.")] = "",
     photos: Annotated[Path, typer.Option(help="Photographs for backgrounds.")] = Path("sample_images/photos"),
 ) -> None:
-    """Print the localisation of every method on two-object scenes."""
+    """Print the localisation of every method on two-object scenes, for each network."""
     from xcli.registry import methods
 
-    net = nets.load(model)
+    chosen = models or ["shapes-cnn", "shapes-vit"]
     x, kinds, masks = pairs(count, load_photos(photos))
-    print(f"{model}, {count} scenes of two objects, each explained by its class")
+    print(f"{count} scenes of two objects, each explained by its class: mean of {2 * count} maps")
     print(
-        f"{'method':<22}{'inside own':>11}{'inside other':>13}{'own/other':>11}{'own/random':>12}{'pointing':>10}"
+        "own, other: share of the map's energy on the object explained, on the other; pointing: highest pixel on it"
     )
-    floor = localisation(net, "random", x, kinds, masks)
-    for name in methods():
-        found = localisation(net, name, x, kinds, masks)
-        ratio = found.own / max(found.other, 1e-12)
+    print(f"{'':<22}" + "".join(f"{name:^30}" for name in chosen))
+    print(f"{'method':<22}" + f"{'own':>10}{'other':>10}{'pointing':>10}" * len(chosen))
+    nets_by_name = {name: nets.load(name) for name in chosen}
+    for name in [one for one in methods() if not only or one in only.split(",")]:
         print(
-            f"{name:<22}{found.own:>11.3f}{found.other:>13.4f}{ratio:>11.1f}{found.own / floor.own:>12.1f}"
-            f"{found.pointing:>10.3f}"
+            f"{name:<22}" + "".join(line(net, name, x, kinds, masks) for net in nets_by_name.values()),
+            flush=True,
         )
+
+
+def line(net: nn.Module, name: str, x: Tensor, kinds: Tensor, masks: Tensor) -> str:
+    """Three numbers of one method on one network, or that it is not defined there."""
+    try:
+        found = localisation(net, name, x, kinds, masks)
+    except ModelError:
+        return f"{'not defined':>30}"
+    return f"{found.own:>10.3f}{found.other:>10.3f}{found.pointing:>10.3f}"
 
 
 if __name__ == "__main__":
