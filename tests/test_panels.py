@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xcli.panels import CELL, PanelRow, cell_size, panel, shortened
+from xcli.panels import CELL, COLUMNS, PanelRow, cell_size, panel, shortened
 from xcli.render import colour_table
 
 TABLE = colour_table("jet")
@@ -115,3 +115,13 @@ def test_the_colour_bar_runs_from_high_to_low():
 def test_a_row_with_too_few_overlays_is_refused():
     with pytest.raises(ValueError, match="2 methods, but 0 overlays for 'cat'"):
         panel(Image.new("RGB", (8, 8)), [PanelRow("cat", "", [])], ["a", "b"], TABLE)
+
+
+def test_many_methods_are_spread_over_several_lines():
+    methods = [f"method-{i}" for i in range(COLUMNS + 2)]
+    colours = [(i, 0, 255 - i) for i in range(len(methods))]
+    cells = [Image.new("RGB", (32, 32), colour) for colour in colours]
+    made = panel(Image.new("RGB", (32, 32)), [PanelRow("cat", "p=1", cells)], methods, TABLE)
+    few = panel(Image.new("RGB", (32, 32)), [PanelRow("cat", "p=1", cells[:5])], methods[:5], TABLE)
+    assert made.size == (few.width, 2 * few.height)
+    assert set(colours) <= {colour for _, colour in made.getcolors(1 << 20)}

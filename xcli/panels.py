@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +11,9 @@ from torch import Tensor
 
 CELL = 256
 """Longest side of a cell, pixels: larger pictures are reduced, small ones enlarged by a whole factor."""
+
+COLUMNS = 8
+"""Most methods side by side."""
 
 _MARGIN, _GAP = 16, 8
 _NARROWEST = 128  # columns of a slim image stay wide enough for a method's name
@@ -37,6 +40,8 @@ def panel(
 ) -> Image.Image:
     """Draw the image and its overlays in a grid: first column the image, then one column a method.
 
+    More than ``COLUMNS`` methods are spread evenly over several such grids, one under the other.
+
     Args:
         picture: the image the overlays are made on, RGB.
         rows: at least one.
@@ -48,6 +53,33 @@ def panel(
     Raises:
         ValueError: a row has not one overlay a method.
     """
+    for row in rows:
+        if len(row.overlays) != len(methods):
+            raise ValueError(f"{len(methods)} methods, but {len(row.overlays)} overlays for {row.label!r}")
+    lines = -(-len(methods) // COLUMNS)
+    each = -(-len(methods) // lines)
+    blocks = []
+    for start in range(0, len(methods), each):
+        part = slice(start, start + each)
+        own = [replace(row, overlays=row.overlays[part]) for row in rows]
+        blocks.append(_grid(picture, own, methods[part], table, "" if start else title))
+    return _stacked(blocks)
+
+
+def _stacked(blocks: Sequence[Image.Image]) -> Image.Image:
+    if len(blocks) == 1:
+        return blocks[0]
+    size = (max(block.width for block in blocks), sum(block.height for block in blocks))
+    canvas, y = Image.new("RGB", size, _BACKGROUND), 0
+    for block in blocks:
+        canvas.paste(block, (0, y))
+        y += block.height
+    return canvas
+
+
+def _grid(
+    picture: Image.Image, rows: Sequence[PanelRow], methods: Sequence[str], table: Tensor, title: str
+) -> Image.Image:
     size = cell_size(picture.size)
     pitch = max(size[0], _NARROWEST) + _GAP
     top = _MARGIN + (_LINE + _GAP if title else 0)
@@ -66,7 +98,7 @@ def panel(
     for index, row in enumerate(rows):
         y = top + _LINE + index * row_height
         _caption(draw, (_MARGIN, y), row, grid - _GAP)
-        for column, cell in enumerate(_cells(picture, row, methods)):
+        for column, cell in enumerate([picture, *row.overlays]):
             _paste(canvas, cell, (_MARGIN + column * pitch, y + _LINE), pitch - _GAP, size)
         _colour_bar(canvas, (_MARGIN + grid, y + _LINE), size[1], table)
     return canvas
@@ -100,12 +132,6 @@ def shortened(text: str, width: float, size: int = _TEXT) -> str:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def _cells(picture: Image.Image, row: PanelRow, methods: Sequence[str]) -> list[Image.Image | None]:
-    if len(row.overlays) != len(methods):
-        raise ValueError(f"{len(methods)} methods, but {len(row.overlays)} overlays for {row.label!r}")
-    return [picture, *row.overlays]
 
 
 def _write(
