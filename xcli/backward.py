@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xcli.errors import ModelError
 from xcli.forward import require_all
-from xcli.hooks import full, observed, recording
+from xcli.hooks import Elementary, full, observed, recording
 
 if TYPE_CHECKING:
     from xcli.score import Score
 
 Differentiate = Callable[[Tensor, bool], tuple[Tensor, ...]]
 """(a sum of scores of different copies, whether the graph is needed again) -> tensors of an entry a copy."""
+
+_NONE = ("is not implemented", "double backwards on")
+"""How PyTorch and torchvision say that an operation has no second derivative."""
 
 
 class Gradients(NamedTuple):
@@ -65,16 +69,23 @@ def curvature(picked: Tensor, at: tuple[Tensor, ...], *, again: bool, graph: boo
         if not grad.requires_grad:  # what follows is linear
             products.append(torch.zeros_like(act))
             continue
-        (product,) = torch.autograd.grad(
-            grad,
-            act,
-            act if graph else act.detach(),
-            retain_graph=again or graph or index < len(at) - 1,
-            create_graph=graph,
-            materialize_grads=True,
-        )
-        products.append(product)
+        keep = again or graph or index < len(at) - 1
+        products.append(_product(grad, act, act if graph else act.detach(), again=keep, graph=graph))
     return (*(grad if graph else grad.detach() for grad in grads), *products)
+
+
+def _product(grad: Tensor, act: Tensor, held: Tensor, *, again: bool, graph: bool) -> Tensor:
+    try:
+        (product,) = torch.autograd.grad(
+            grad, act, held, retain_graph=again, create_graph=graph, materialize_grads=True
+        )
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _NONE):
+            raise
+        raise ModelError(
+            f"what follows the layer has no second derivative ({error}); name a later layer"
+        ) from None
+    return product
 
 
 def differentiated(
@@ -151,6 +162,7 @@ def _graph(
         undo.enter_context(torch.set_grad_enabled(whole))
         if second:  # fused attention has no second derivative
             undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+            undo.enter_context(Elementary())
         if whole:
             x = x if score.create_graph and x.requires_grad else x.detach().requires_grad_()
         if not names:

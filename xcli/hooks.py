@@ -7,7 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from xcli.errors import ModelError
 
@@ -45,6 +47,43 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Elementary(TorchFunctionMode):
+    """Compute from elementary operations, inside the block, what PyTorch cannot differentiate often enough: the third
+    derivative of its layer norm is wrong (pytorch/pytorch#175754), and its hard sigmoid has no second one."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        chosen: Callable[..., Any] = _ELEMENTARY.get(func, func)
+        return chosen(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = full(x) - full(x).mean(axes, keepdim=True)
+    out = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias).to(x.dtype if weight is None else weight.dtype)
+
+
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return (x / 6 + 0.5).clamp(0, 1)
+
+
+_ELEMENTARY: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.hardsigmoid: _hardsigmoid,
+}
 
 
 def first_tensor(output: Any, layer: str) -> Tensor:

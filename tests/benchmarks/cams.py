@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import peak_megabytes, race
 
 BATCH, SIZE, LAYER = 16, 224, "layer4"
+METHODS = ("gradcam", "hirescam", "gradcam-elementwise", "gradcam++", "xgradcam", "layercam")
 SETTINGS = (
     "default",
     "kept",
@@ -113,10 +114,8 @@ def timed(setting: str, repeats: int) -> dict[str, object]:
     with ExitStack() as undo:
         net, x, target, precision = under(setting, undo)
         contenders: dict[str, Callable[[], object]] = {"floor": floor(net, x, target, precision)}
-        contenders |= {
-            name: ours(net, x, target, precision, name) for name in ("gradcam", "hirescam", "layercam")
-        }
-        contenders["gradcam, hirescam and layercam together"] = together(net, x, target, precision)
+        contenders |= {name: ours(net, x, target, precision, name) for name in METHODS}
+        contenders["all six together"] = together(net, x, target, precision)
         found = race(contenders, repeats)
         exact = floor(network(), *pictures(), None)()
         maps = ours(net, x, target, precision, "gradcam")()
@@ -130,7 +129,7 @@ def timed(setting: str, repeats: int) -> dict[str, object]:
 def together(
     net: torch.nn.Module, x: Tensor, target: Tensor, precision: torch.dtype | None
 ) -> Callable[[], object]:
-    """Three methods on one recorded pass, as the command runs them."""
+    """All methods on one recorded pass, as the command runs them."""
     from xcli.execution import Execution
     from xcli.forward import Forward
     from xcli.layers import survey
@@ -139,7 +138,7 @@ def together(
     from xcli.targets import ClassRows
 
     layers, execution = survey(net, x[:1]), Execution(BATCH, precision)
-    chosen = [methods()[name]() for name in ("gradcam", "hirescam", "layercam")]
+    chosen = [methods()[name]() for name in METHODS]
 
     def run() -> object:
         forward = Forward(net, x, [LAYER], execution, leaves=[LAYER])
@@ -165,15 +164,16 @@ def memory(contender: str) -> dict[str, float]:
         case "forward":
             with torch.inference_mode():
                 net(x)
-        case "gradcam":
-            ours(net, x, target, None, "gradcam")()
         case "grad-cam":
             peer(net, x, target)()
+        case name:
+            ours(net, x, target, None, name)()
     return {"before": before, "peak": peak_megabytes()}
 
 
-def child(*arguments: str) -> dict[str, object]:
-    command = [sys.executable, __file__, *arguments]
+def child(*arguments: str, file: str = __file__) -> dict[str, object]:
+    """What a process of its own prints in its last line."""
+    command = [sys.executable, file, *arguments]
     return json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
     )
@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--setting", choices=SETTINGS)
     parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--memory", choices=("forward", "gradcam", "grad-cam"))
+    parser.add_argument("--memory", choices=("forward", *METHODS, "grad-cam"))
     parser.add_argument("--repeats", type=int, default=5)
     chosen = parser.parse_args()
     if chosen.setting:
@@ -217,7 +217,7 @@ def report(repeats: int) -> None:
         f"{'default':<28}{'grad-cam':<42}{other['images/s']['grad-cam']:>9.2f}{'':>26}{other['dropped']:>9}"
     )
     print(f"\n{'peak memory, MB':<28}{'before':>9}{'peak':>9}")
-    for name in ("forward", "gradcam", "grad-cam"):
+    for name in ("forward", *METHODS, "grad-cam"):
         one = child("--memory", name)
         print(f"{name:<28}{one['before']:>9.0f}{one['peak']:>9.0f}")
 

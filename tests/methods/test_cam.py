@@ -1,164 +1,74 @@
-"""CAMs against two independent packages, on networks of each kind, and against answers known beforehand."""
+"""What all CAMs share: layers and their fusion, views, principal components, sizes; and EigenCAM."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
+
+import cams
+import contract
 import numpy as np
 import pytest
+import pytorch_grad_cam as grad_cam
 import torch
-import torchvision
-from captum.attr import LayerGradCam, LayerGradientXActivation
-from pytorch_grad_cam import EigenCAM as PeerEigenCAM
-from pytorch_grad_cam import GradCAM as PeerGradCAM
-from pytorch_grad_cam import HiResCAM as PeerHiResCAM
-from pytorch_grad_cam import LayerCAM as PeerLayerCAM
+import torch.nn.functional as F
+import torchcam.methods as torch_cam
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from torch.testing import assert_close
 from toys import PooledLinear, Tokens, bound, images, made
 
 from xcli.demo import nets
-from xcli.methods.cam.base import fused
+from xcli.errors import ModelError
+from xcli.forward import Forward
+from xcli.hooks import frozen
+from xcli.methods.cam.base import VIEWS, fused, scaled, seen
 from xcli.methods.cam.gradient import GradCAM, HiResCAM, LayerCAM
 from xcli.methods.cam.spectra import first_component
 from xcli.methods.cam.spectral import EigenCAM
+from xcli.registry import build
 
-PEERS = {GradCAM: PeerGradCAM, HiResCAM: PeerHiResCAM, LayerCAM: PeerLayerCAM}
-
-
-def tokens_to_map(grid):
-    return lambda t: t[:, 1:].reshape(len(t), *grid, -1).permute(0, 3, 1, 2)
-
-
-def built(name):
-    """Network, pictures, target layer, and the peer's reshape."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        match name:
-            case "shapes-cnn":
-                return nets.load(name), (64, 48), "stages", None
-            case "shapes-vit":
-                net = nets.load(name)
-                return net, (128, 128), f"blocks.{len(net.blocks) - 1}.norm1", tokens_to_map(net.grid)
-            case "resnet18":
-                return torchvision.models.resnet18(), (64, 96), "layer4", None
-            case "vit_b_16":
-                net = torchvision.models.vit_b_16(image_size=64)
-                nn.init.normal_(net.heads.head.weight)
-                return net, (64, 64), "encoder.layers.encoder_layer_11.ln_1", tokens_to_map((4, 4))
-            case "swin_t":
-                net = torchvision.models.swin_t()
-                return net, (64, 64), "features.7.1.norm2", lambda t: t.permute(0, 3, 1, 2)
+GOALS = [ClassifierOutputTarget(target) for target in cams.TARGETS]
+PEERS = {
+    "gradcam": grad_cam.GradCAM,
+    "gradcam++": grad_cam.GradCAMPlusPlus,
+    "xgradcam": grad_cam.XGradCAM,
+    "hirescam": grad_cam.HiResCAM,
+    "gradcam-elementwise": grad_cam.GradCAMElementWise,
+    "layercam": grad_cam.LayerCAM,
+}
 
 
 @pytest.fixture(scope="module", params=["shapes-cnn", "shapes-vit", "resnet18", "vit_b_16", "swin_t"])
 def case(request):
-    net, size, layer, reshape = built(request.param)
-    return net.double().eval(), images(3, 3, *size), layer, reshape
+    return cams.case(request.param)
 
 
-def peer_map(peer, net, x, layer, targets, reshape):
-    """The peer's raw map, before it rectifies, scales and resizes."""
-    with peer(net, [net.get_submodule(layer)], reshape_transform=reshape) as cam:
-        goals = [ClassifierOutputTarget(target) for target in targets]
-        cam(x, goals)
+@cache
+def score_of(case):
+    """The score of a case with the pass over its layers recorded, so that methods cost little more."""
+    score, layers = case.score, (case.layer, *case.others)
+    return replace(score, forward=Forward(case.net, case.x, layers, score.execution, leaves=layers))
+
+
+@cache
+def heard_by_grad_cam(case):
+    """The activations and gradients that grad-cam hears at the layer, the same for all its classes."""
+    with grad_cam.GradCAM(case.net, case.modules(), reshape_transform=case.reshape) as cam:
+        cam(case.x, GOALS)
         kept = cam.activations_and_grads
-        acts = kept.activations[0].detach().numpy()
-        grads = kept.gradients[0].detach().numpy() if kept.gradients else None
-        return torch.from_numpy(np.asarray(cam.get_cam_image(x, None, goals, acts, grads, False)))
+        return kept.activations[0].numpy(), kept.gradients[0].numpy()
 
 
-@pytest.mark.parametrize("method", PEERS, ids=lambda m: m.name)
-def test_raw_maps_equal_grad_cam(method, case):
-    net, x, layer, reshape = case
-    targets = [1, 7, 3]
-    expected = peer_map(PEERS[method], net, x, layer, targets, reshape)
-    ours = method(layer=layer, relu=False).attribute(bound(net, x, targets), x)
-    assert expected.abs().max() > 0
-    assert_close(ours, expected, rtol=1e-4, atol=1e-7 * float(expected.abs().max()))
-    rectified = method(layer=layer).attribute(bound(net, x, targets), x)
-    assert_close(rectified, expected.clamp_min(0), rtol=1e-4, atol=1e-7 * float(expected.abs().max()))
-
-
-def test_raw_maps_equal_captum(case):
-    net, x, layer, reshape = case
-    targets = torch.tensor([1, 7, 3])
-    score = bound(net, x, targets.tolist())
-    product = LayerGradientXActivation(net, net.get_submodule(layer)).attribute(x, targets)
-    product = product if reshape is None else reshape(product)
-    assert_close(
-        HiResCAM(layer=layer, relu=False).attribute(score, x), product.sum(1).detach(), rtol=1e-4, atol=1e-10
-    )
-    if reshape is None:
-        expected = LayerGradCam(net, net.get_submodule(layer)).attribute(x, targets)[:, 0].detach()
-        assert_close(GradCAM(layer=layer, relu=False).attribute(score, x), expected, rtol=1e-4, atol=1e-10)
+# ---- EigenCAM ---------------------------------------------------------------------------------------------------
 
 
 def test_eigencam_equals_grad_cam_up_to_the_sign_which_is_fixed(case):
-    net, x, layer, reshape = case
-    expected = peer_map(PeerEigenCAM, net, x, layer, [1, 7, 3], reshape)
-    ours = EigenCAM(layer=layer).attribute(bound(net, x, [1, 7, 3]), x)
+    expected = cams.grad_cam_map(grad_cam.EigenCAM, case)
+    ours = EigenCAM(layer=case.layer).attribute(score_of(case), case.x)
     sign = (ours * expected).sum((1, 2), keepdim=True).sign()
-    assert_close(ours, sign * expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    assert_close(ours.float(), (sign * expected).float(), rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
     assert (ours.amax((1, 2)) >= -ours.amin((1, 2))).all()
-
-
-def test_an_in_place_relu_after_the_layer_does_not_rewrite_what_was_captured():
-    net = torchvision.models.resnet18().double().eval()
-    nn.init.normal_(net.layer4[0].bn1.bias)
-    x = images(2, 3, 64, 64)
-    plain = torchvision.models.resnet18().double().eval()
-    plain.load_state_dict(net.state_dict())
-    for part in plain.modules():
-        if isinstance(part, nn.ReLU):
-            part.inplace = False
-    layer = "layer4.0.bn1"  # an in-place ReLU comes next
-    found = [HiResCAM(layer=layer, relu=False).attribute(bound(own, x, [1, 7]), x) for own in (net, plain)]
-    acts = [
-        bound(own, x, [1, 7]).activations(x, bound(own, x, [1, 7]).layers.find(layer))[0]
-        for own in (net, plain)
-    ]
-    assert (acts[0] < 0).any()
-    assert_close(acts[0], acts[1])
-    assert_close(found[0], found[1])
-
-
-# ---- answers known beforehand ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("label", range(5))
-def test_gradcam_equals_cam_on_a_pooled_linear_net(label):
-    net, x = made(PooledLinear), images(2, 3, 8, 6)
-    acts = net.relu(net.features(x)).detach()
-    cam = torch.einsum("k,nkhw->nhw", net.head.weight[label].detach(), acts) / (acts.shape[2] * acts.shape[3])
-    score = bound(net, x, [label, label])
-    assert_close(GradCAM(layer="relu").attribute(score, x), cam.relu())
-    assert_close(GradCAM(layer="relu", relu=False).attribute(score, x), cam)
-    assert_close(HiResCAM(layer="relu", relu=False).attribute(score, x), cam)
-
-
-class LinearTail(nn.Module):
-    """A layer whose output is flattened into one linear map without bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
-        self.head = nn.Linear(4 * 6 * 5, 3, bias=False)
-
-    def forward(self, x):
-        return self.head(self.layer(x).flatten(1))
-
-
-def test_hirescam_sums_to_the_score_on_a_linear_tail():
-    net, x = made(LinearTail), images(2, 3, 6, 5)
-    score = bound(net, x, [2, 0])
-    assert_close(HiResCAM(layer="layer", relu=False).attribute(score, x).sum((1, 2)), score(x))
-
-
-def test_layercam_drops_places_that_speak_against_the_class():
-    net, x = made(LinearTail), images(2, 3, 6, 5)
-    weight = net.head.weight.detach()[[2, 0]].view(2, 4, 6, 5)
-    expected = (weight.relu() * net.layer(x).detach()).sum(1)
-    assert_close(LayerCAM(layer="layer").attribute(bound(net, x, [2, 0]), x), expected)
 
 
 @pytest.mark.parametrize("channels", [3, 40])
@@ -187,13 +97,158 @@ def test_eigencam_of_a_constant_layer_is_zero():
     assert (first_component(torch.ones(2, 4, 3, 3)) == 0).all()
 
 
-def test_the_class_token_is_left_out_and_the_rest_is_a_map():
-    net, x = made(Tokens), images(2, 3, 16, 16)
-    score = bound(net, x, [1, 3])
-    (acts,), (grads,), _ = score.gradients(x, at=score.layers.find("norm1"))
-    expected = (acts * grads).sum(2)[:, 1:].view(2, 4, 4)
-    assert acts.shape == (2, 17, 8)
-    assert_close(HiResCAM(layer="norm1", relu=False).attribute(score, x), expected)
+# ---- eigen_smooth and the sign of a component -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("network", ["resnet18", "shapes-vit", "swin_t"])
+def test_eigen_smooth_equals_grad_cam_up_to_the_sign(name, network):
+    case = cams.case(network)
+    peer = PEERS[name](case.net, [])
+    found = peer.get_cam_image(None, None, None, *heard_by_grad_cam(case), True)
+    expected = torch.from_numpy(np.asarray(found)).double()  # a float32 map
+    method = build(
+        {"name": name, "preset": "grad-cam", "layer": case.layer, "relu": False, "eigen_smooth": True}
+    )
+    for rule in ("peak", "channels"):
+        ours = replace(method, sign=rule).attribute(score_of(case), case.x)
+        sign = (ours * expected).sum((1, 2), keepdim=True).sign()
+        assert_close(ours, sign * expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        if rule == "peak":
+            assert (ours.amax((1, 2)) >= -(1 - 1e-8) * ours.amin((1, 2))).all()
+        else:
+            sums = replace(method, eigen_smooth=False).attribute(score_of(case), case.x)
+            assert ((ours * (sums - sums.mean((1, 2), keepdim=True))).sum((1, 2)) >= 0).all()
+
+
+@pytest.mark.parametrize("factor", [1.0, -1.0])
+def test_the_two_rules_for_a_sign_differ_where_the_peak_is_a_hole(factor):
+    """Channels that all fall at one place: the peak rule turns the hole up, the other leaves it down."""
+    acts = torch.zeros(1, 3, 3, 3, dtype=torch.float64)
+    acts[0, :, 1, 1] = -9.0 * factor
+    hole = first_component(acts, "channels")[0, 1, 1]
+    assert_close(hole, acts.new_tensor(-8 * 3**0.5 * factor))
+    assert_close(first_component(acts, "peak")[0, 1, 1], hole.abs())
+
+
+def test_one_image_whose_channels_are_not_finite_does_not_break_the_others():
+    acts = images(3, 4, 3, 5)
+    spoilt = acts.clone()
+    spoilt[1, 2, 0, 0] = torch.inf
+    found = first_component(spoilt)
+    assert found[1].isnan().all()
+    assert_close(found[[0, 2]], first_component(acts)[[0, 2]])
+
+
+# ---- several layers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gradcam", "layercam"])
+@pytest.mark.parametrize("network", ["resnet18", "shapes-vit", "swin_t"])
+def test_several_layers_are_fused_as_grad_cam_does(name, network):
+    case = cams.case(network)
+    layers = (case.layer, *case.others)
+    with PEERS[name](case.net, case.modules(*layers), reshape_transform=case.reshape) as cam:
+        expected = torch.from_numpy(cam(case.x, GOALS)).double()
+    ours = build({"name": name, "preset": "grad-cam", "layer": list(layers)}).attribute(
+        score_of(case), case.x
+    )
+    assert ours.shape[-2:] == case.x.shape[-2:]
+    assert expected.amax((1, 2)).min() > 0.99
+    assert_close(scaled(ours, "min-max"), expected, rtol=0, atol=1e-5)  # its maps are float32
+
+
+@pytest.mark.parametrize("name", ["gradcam", "layercam"])
+@pytest.mark.parametrize("network", ["resnet18", "densenet121"])
+def test_several_layers_are_fused_as_torch_cam_does(name, network):
+    case = cams.case(network)
+    layers = [case.layer, *case.others]
+    peer = torch_cam.GradCAM if name == "gradcam" else torch_cam.LayerCAM
+    with peer(case.net, layers, input_shape=tuple(case.x.shape[1:])) as cam:
+        maps = cam(cams.TARGETS, case.net(case.x.clone().requires_grad_()))
+        expected = cam.fuse_cams([one.detach() for one in maps])
+    method = build({"name": name, "preset": "torch-cam", "layer": layers})
+    ours = method.attribute(score_of(case), case.x)
+    assert_close(ours, expected, rtol=0, atol=1e-5)  # 1e-8 in its denominators
+
+
+COARSE, FINE = images(2, 2, 3), images(2, 4, 6, seed=1)
+SCALES = {
+    "none": lambda m: m,
+    "peak": lambda m: m / m.abs().max(),
+    "min-max": lambda m: (m - m.min()) / (m.max() - m.min()),
+    "tanh": lambda m: torch.tanh(2 * m / m.abs().max()),
+    "min-max-tanh": lambda m: torch.tanh(2 * (m - m.min()) / (m.max() - m.min())),
+}
+FUSIONS = {"mean": lambda a, b: (a + b) / 2, "max": torch.maximum, "product": lambda a, b: a * b}
+
+
+@pytest.mark.parametrize("size", [None, (8, 12)])
+@pytest.mark.parametrize("how", FUSIONS)
+@pytest.mark.parametrize("normalise", SCALES)
+def test_each_map_is_scaled_then_brought_to_one_grid_then_fused(normalise, how, size):
+    expected = []
+    for coarse, fine in zip(COARSE, FINE):
+        grown = [
+            F.interpolate(SCALES[normalise](m)[None, None], size or (4, 6), mode="bilinear")[0, 0]
+            for m in (coarse, fine)
+        ]
+        expected.append(FUSIONS[how](*grown))
+    assert_close(fused([COARSE, FINE], how, normalise, size), torch.stack(expected))
+    assert_close(fused([FINE, COARSE], how, normalise, size), torch.stack(expected))
+
+
+def test_fused_known_answers():
+    coarse = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
+    fine = torch.zeros(1, 4, 4)
+    fine[0, 0, 0] = 100.0
+    for how in FUSIONS:
+        both = fused([coarse, fine], how)
+        assert both.shape == (1, 4, 4)
+        assert both[0, 0, 0] == 1
+    assert fused([coarse, fine], "product")[0, 1, 1] == 0
+    assert_close(fused([coarse, fine], "mean")[0, 0, 1], coarse.new_tensor(0.375))
+    assert fused([coarse], "mean") is coarse
+
+
+@pytest.mark.parametrize("normalise", SCALES)
+def test_a_map_of_zeros_stays_one_and_spoils_no_other(normalise):
+    maps = torch.stack([torch.zeros(3, 3), torch.arange(9.0).view(3, 3) + 1])
+    found = scaled(maps, normalise)
+    assert (found[0] == 0).all()
+    assert_close(found[1], SCALES[normalise](maps[1]))
+
+
+def test_layercam_fuses_by_the_maximum_of_tanh_and_the_others_by_the_mean_of_peaks():
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    score, layers = bound(net, x, [0, 1]), ("features.0", "relu")
+    for method, how in ((LayerCAM, ("max", "tanh")), (GradCAM, ("mean", "peak"))):
+        singles = [method(layer=layer).attribute(score, x) for layer in layers]
+        assert_close(method(layer=layers).attribute(score, x), fused(singles, *how))
+
+
+def test_a_list_a_wildcard_and_both_name_the_same_layers():
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    score = bound(net, x, [0, 1])
+    listed = GradCAM(layer=("features.0", "features.2")).attribute(score, x)
+    assert listed.shape == (2, 8, 6)
+    assert_close(GradCAM(layer="features.[02]").attribute(score, x), listed)
+    assert_close(GradCAM(layer=("features.0", "features.[02]", "features.2")).attribute(score, x), listed)
+    names = [layer.name for layer in GradCAM(layer="*").looks_at(score.layers)]
+    assert "head" not in names
+    assert set(names) == {"features", "features.0", "features.1", "features.2", "relu"}
+    with pytest.raises(ModelError, match="matches no module"):
+        GradCAM(layer="feature.*").attribute(score, x)
+
+
+def test_pinned_layers_are_those_that_were_found():
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    score = bound(net, x, [0, 1])
+    method = GradCAM(layer="features.[02]")
+    pinned = method.pinned(score.layers)
+    assert pinned.layer == ("features.0", "features.2")
+    assert_close(pinned.attribute(score, x), method.attribute(score, x))
+    assert method.pinned(score.layers, ("relu",)).layer == ("relu",)
 
 
 def test_the_default_layer_of_a_transformer_is_one_that_gets_gradients():
@@ -202,22 +257,126 @@ def test_the_default_layer_of_a_transformer_is_one_that_gets_gradients():
     assert GradCAM(relu=False).attribute(bound(net, x, [1, 3]), x).abs().amax((1, 2)).min() > 0
 
 
-def test_several_layers_are_scaled_before_they_are_fused():
-    coarse = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
-    fine = torch.zeros(1, 4, 4)
-    fine[0, 0, 0] = 100.0
-    for how, corner in {"mean": 1.0, "max": 1.0, "product": 1.0}.items():
-        both = fused([coarse, fine], how)
-        assert both.shape == (1, 4, 4)
-        assert both[0, 0, 0] == corner
-    assert fused([coarse, fine], "product")[0, 1, 1] == 0
-    assert_close(fused([coarse, fine], "mean")[0, 0, 1], fused([coarse], "mean").new_tensor(0.375))
-    assert fused([coarse], "mean") is coarse
+# ---- views ------------------------------------------------------------------------------------------------------
 
 
-def test_a_list_and_a_wildcard_name_the_same_layers():
+def peer_of_views(case, layers):
+    with grad_cam.GradCAM(case.net, case.modules(*layers), reshape_transform=case.reshape) as cam:
+        return torch.from_numpy(cam(case.x, GOALS, aug_smooth=True)).double()
+
+
+@pytest.mark.parametrize("network", ["resnet18", "shapes-vit"])
+def test_aug_smooth_of_two_layers_equals_grad_cam(network):
+    case = cams.case(network)
+    layers = [case.layer, case.others[0]]
+    method = build({"name": "gradcam", "preset": "grad-cam", "layer": layers, "aug_smooth": True})
+    ours = method.attribute(score_of(case), case.x)
+    plain = scaled(replace(method, aug_smooth=False).attribute(score_of(case), case.x), "min-max")
+    assert_close(ours, peer_of_views(case, layers), rtol=0, atol=2e-5)  # its maps are float32
+    assert (ours - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("network", ["resnet18", "vgg11_bn"])
+def test_aug_smooth_of_one_layer_equals_grad_cam(network):
+    case = cams.case(network)
+    method = build({"name": "gradcam", "preset": "grad-cam", "layer": case.layer, "aug_smooth": True})
+    ours = method.attribute(score_of(case), case.x)
+    assert ours.shape[1:] == case.x.shape[2:]  # it scales once more at the input's size
+    assert_close(ours, peer_of_views(case, [case.layer]), rtol=0, atol=2e-5)
+
+
+class Overlap(nn.Module):
+    """Convolutions with no mirror symmetry, pooled by place, so that every view has a map of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(5, 6, 3, stride=2, padding=1), nn.Tanh())
+        self.head = nn.Linear(6 * 4 * 3, 4)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x)).flatten(1))
+
+
+VIEWED = [
+    GradCAM(layer="one", aug_smooth=True),
+    HiResCAM(layer="two", relu=False, aug_smooth=True, eigen_smooth=True),
+    LayerCAM(layer=("one", "two"), aug_smooth=True),
+    EigenCAM(layer="two", aug_smooth=True, normalise="min-max"),
+    build({"name": "gradcam", "preset": "grad-cam", "layer": ["one", "two"], "aug_smooth": True}),
+]
+
+
+@pytest.mark.parametrize("method", VIEWED)
+def test_aug_smooth_view_by_view_with_rows_unevenly_spread(method):
+    net, x = made(Overlap), images(4, 3, 8, 6)
+    rows, targets = [0, 0, 0, 2, 3, 3], [3, 1, 0, 2, 2, 1]  # the second image has none
+    score = bound(net, x, targets, rows, micro_batch=5)
+    expected = 0
+    for mirror in (False, True):
+        for factor in (0.9, 1.0, 1.1):
+            view = (x.flip(3) if mirror else x) * factor
+            one = replace(method, aug_smooth=False).attribute(score, view)
+            one = torch.stack([SCALES[method.normalise](m) for m in one])
+            expected = expected + (one.flip(2) if mirror else one) / 6
+    found = method.attribute(score, x)
+    assert found.abs().amax((1, 2)).min() > 0
+    assert_close(found, expected)
+    for row, (image, target) in enumerate(zip(rows, targets)):
+        alone = bound(net, x[image : image + 1], [target])
+        assert_close(method.attribute(alone, x[image : image + 1])[0], found[row])
+
+
+def test_views_are_six_and_the_second_of_them_is_the_picture():
+    x = images(1, 3, 2, 4)
+    assert len(VIEWS) == 6
+    assert_close(seen(x, *VIEWS[1]), x)
+    assert_close(seen(x, *VIEWS[5])[0, 0, :, 0], 1.1 * x[0, 0, :, 3])
+
+
+SHARED = [
+    {"name": "gradcam", "aug_smooth": True},
+    {"name": "layercam", "aug_smooth": True, "eigen_smooth": True, "relu": False, "sign": "channels"},
+    {"name": "xgradcam", "preset": "grad-cam", "aug_smooth": True},
+]
+
+
+@pytest.mark.parametrize("spec", SHARED, ids=lambda spec: spec["name"])
+@pytest.mark.parametrize(
+    "promise",
+    [
+        contract.batch_and_micro_batch_do_not_matter,
+        contract.order_and_company_do_not_matter,
+        contract.running_out_of_memory_changes_nothing,
+    ],
+    ids=lambda promise: promise.__name__,
+)
+def test_views_and_layers_keep_the_promises(promise, spec):
+    net = nets.load("shapes-cnn").double()
+    with frozen(net):
+        promise(build({**spec, "layer": "stages.[01]"}), net, contract.pictures((64, 48)))
+
+
+# ---- sizes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("layer", ["relu", ("features.0", "relu")])
+def test_the_size_is_the_layer_s_own_or_the_one_that_is_asked_for(layer, mode):
     net, x = made(PooledLinear), images(2, 3, 8, 6)
+    score, method = bound(net, x, [0, 1]), GradCAM(layer=layer, relu=False, upsampling=mode)
+    native = method.explain(score, x).map
+    assert native.shape[-2:] == ((4, 3) if layer == "relu" else (8, 6))
+    assert_close(native, method.attribute(score, x))
+    for size in ((8, 6), (13, 7), (4, 3)):
+        grown = F.interpolate(native[:, None], size, mode=mode)[:, 0]
+        assert_close(method.explain(score, x, size).map, grown)
+
+
+def test_fused_at_the_input_is_of_its_size_and_the_finest_is_not():
+    net, x = made(Overlap), images(2, 3, 8, 6)
+    net.one[0] = nn.Conv2d(3, 5, 3, padding=1, stride=2).double()
+    net.two[0] = nn.Conv2d(5, 6, 1).double()
     score = bound(net, x, [0, 1])
-    listed = GradCAM(layer=("features.0", "features.2")).attribute(score, x)
-    assert listed.shape == (2, 8, 6)
-    assert_close(GradCAM(layer="features.[02]").attribute(score, x), listed)
+    for where, size in (("finest", (4, 3)), ("input", (8, 6))):
+        assert GradCAM(layer=("one", "two"), fused_at=where).attribute(score, x).shape[-2:] == size

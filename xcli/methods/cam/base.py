@@ -18,6 +18,17 @@ from xcli.methods.cam.spectra import Sign, first_component
 from xcli.registry import options
 from xcli.score import Score
 
+Fusion = Annotated[
+    Literal["mean", "max", "product"], Field(description="how the maps of several layers become one")
+]
+Normalise = Annotated[
+    Literal["peak", "min-max", "tanh", "min-max-tanh", "none"],
+    Field(
+        description="how each map is scaled before it is combined with others: divided by its largest absolute value, "
+        "taken to [0, 1], tanh of twice the first or the second, or not at all"
+    ),
+]
+
 VIEWS = tuple(product((False, True), (0.9, 1.0, 1.1)))
 """Mirrored left to right or not, and the factor on the network's input: the views of ``aug_smooth``."""
 
@@ -47,16 +58,8 @@ class CAM(Method):
     relu: Annotated[
         bool, Field(description="keep the positive part of each layer's map; false gives the signed map")
     ] = True
-    fusion: Annotated[
-        Literal["mean", "max", "product"], Field(description="how the maps of several layers become one")
-    ] = "mean"
-    normalise: Annotated[
-        Literal["peak", "min-max", "tanh", "none"],
-        Field(
-            description="how each map is scaled before it is combined with others: divided by its largest absolute "
-            "value, taken to [0, 1], tanh of twice the first, or not at all"
-        ),
-    ] = "peak"
+    fusion: Fusion = "mean"
+    normalise: Normalise = "peak"
     fused_at: Annotated[
         Literal["finest", "input"], Field(description="the grid on which the maps of several layers meet")
     ] = "finest"
@@ -84,7 +87,7 @@ class CAM(Method):
             return self._fused(score, x)
         score, row = score.copies(torch.arange(len(x)).repeat_interleave(len(VIEWS)))
         views = torch.stack([seen(x, *view) for view in VIEWS], 1).flatten(0, 1)  # (B V, C, H, W)
-        maps = scaled(self._fused(score, views), self.normalise)
+        maps = scaled(resized(self._fused(score, views), self._meeting(x), "bilinear"), self.normalise)
         mirrored = torch.tensor([mirror for mirror, _ in VIEWS])[score.image % len(VIEWS)].to(x.device)
         maps = torch.where(mirrored[:, None, None], maps.flip(2), maps)
         order = row.argsort(stable=True).to(x.device)
@@ -93,8 +96,11 @@ class CAM(Method):
 
     def _fused(self, score: Score, x: Tensor) -> Tensor:
         maps = self.maps(score, x, self.looks_at(score.layers))
-        size = (x.shape[-2], x.shape[-1]) if self.fused_at == "input" else None
-        return fused([one.relu() if self.relu else one for one in maps], self.fusion, self.normalise, size)
+        positive = [one.relu() if self.relu else one for one in maps]
+        return fused(positive, self.fusion, self.normalise, self._meeting(x))
+
+    def _meeting(self, x: Tensor) -> tuple[int, int] | None:
+        return (x.shape[-2], x.shape[-1]) if self.fused_at == "input" else None
 
     @abstractmethod
     def maps(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
@@ -147,10 +153,10 @@ def scaled(maps: Tensor, how: str) -> Tensor:
     tiny = torch.finfo(maps.dtype).tiny
     if how == "none":
         return maps
-    if how == "min-max":
+    if how.startswith("min-max"):
         maps = maps - maps.amin((1, 2), keepdim=True)
     peak = maps / maps.abs().amax((1, 2), keepdim=True).clamp_min(tiny)
-    return (2 * peak).tanh() if how == "tanh" else peak
+    return (2 * peak).tanh() if how.endswith("tanh") else peak
 
 
 def fused(
