@@ -25,7 +25,7 @@ FAMILIES, METRICS = "methods/*", "metrics/*"
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("registry", "yamlfile"),
-    ("hooks", "execution", "forward"),
+    ("precision", "hooks", "execution", "forward"),
     ("preprocess", "decode", "inputs", "images"),
     ("demo/__init__", "demo/nets"),
     ("factory", "weights", "sources", "models"),

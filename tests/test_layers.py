@@ -485,6 +485,54 @@ def test_wildcards_give_layers_with_a_map_in_the_order_they_run(layers):
     assert "fc" not in names(layers.find("*"))
 
 
+SEVERAL = {
+    "resnet18": ("layer2", "layer3", "layer4"),
+    "resnet50": ("layer2", "layer3", "layer4"),  # the first convolution of layer4 is as fine as layer3
+    "vgg11": ("features.14", "features.19", "features"),  # the container's own output is coarse
+    "densenet121": ("features.denseblock2", "features.denseblock3", "features"),
+    "mobilenet_v2": ("features.6", "features.13", "features"),
+    "googlenet": ("inception3b", "inception4e", "inception5b"),
+    "inception_v3": ("Mixed_5d", "Mixed_6e", "Mixed_7c"),
+    "swin_t": ("features.3", "features.5", "norm"),
+    "vit_b_32": tuple(f"encoder.layers.encoder_layer_{i}.ln_1" for i in (9, 10, 11)),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_auto_3_ends_in_the_default_layer_after_those_of_finer_grids_or_earlier_blocks(name, pool):
+    net, size = built(name, pool)
+    found = survey(net, torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1)))
+    assert tuple(names(found.find("auto:3"))) == SEVERAL[name]
+    for count in (1, 2, 3):
+        assert names(found.find(f"auto:{count}")) == list(SEVERAL[name][-count:])
+    assert names(found.find(["auto:2", "auto"])) == list(SEVERAL[name][-2:])
+    cells = [row.cells for row in map(found._named, names(found.find("auto:9")))]
+    assert "vit" in name or all(finer >= 2 * coarser for finer, coarser in pairwise(cells))
+    assert len(cells) > 3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shapes-cnn", ["stem", "stages.0", "stages"]),
+        ("shapes-vit", ["blocks.1.norm1", "blocks.2.norm1", "blocks.3.norm1"]),  # not its convolutional stem
+    ],
+)
+def test_auto_3_of_the_demo_models(name, expected):
+    assert names(survey(nets.load(name), torch.randn(1, 3, *nets.SIZE)).find("auto:3")) == expected
+
+
+def test_auto_3_gives_what_there_is():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 2, 1), Mean())
+    layers = survey(nn.Sequential(OrderedDict(body=net, head=nn.Linear(4, 2))), torch.randn(1, 3, 16, 16))
+    assert names(layers.find("auto:3")) == ["body.1", "body.2"]
+    same = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), Mean(), nn.Linear(4, 2))
+    assert names(survey(same, torch.randn(1, 3, 8, 8)).find("auto:2")) == ["1", "2"]
+    for wrong in ("auto:0", "auto:-1", "auto:x", "auto:"):
+        with pytest.raises(ModelError, match=f"no layer '{wrong}'"):
+            layers.find(wrong)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

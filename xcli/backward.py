@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xcli.errors import ModelError
 from xcli.forward import require_all
-from xcli.hooks import Elementary, full, observed, recording
+from xcli.hooks import Elementary, observed, recording
+from xcli.precision import full
 
 if TYPE_CHECKING:
     from xcli.score import Score

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from xcli.errors import ModelError
+from xcli.precision import full
 
 
 @contextmanager
@@ -172,8 +173,3 @@ def swapped(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             part.forward = before  # type: ignore[assignment]
         else:
             del part.forward
-
-
-def full(tensor: Tensor) -> Tensor:
-    """At least float32: half-precision activations are brought up before a method computes with them."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -8,6 +8,7 @@ cells whose value can still change what the network answers.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -58,7 +59,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Row:
-    """What the survey saw of one module; ``shape`` and ``grid`` are those of its last call."""
+    """What the survey saw of one module; ``shape`` and ``grid`` are those of its last call.
+
+    ``fit``: it meets every condition of the default layer but for being the last.
+    """
 
     name: str
     kind: str
@@ -66,6 +70,12 @@ class Row:
     shape: tuple[int, ...] | None
     grid: Grid | None
     default: bool = False
+    fit: bool = False
+
+    @property
+    def cells(self) -> int:
+        """Cells of its map; 0 where it has none."""
+        return self.grid.h * self.grid.w if self.grid else 0
 
     @property
     def depth(self) -> int:
@@ -105,6 +115,11 @@ class Layers:
     def find(self, spec: str | Sequence[str]) -> tuple[Layer, ...]:
         """Layers by name, each once: "auto", a name, a wildcard (those with a map, as they ran), or a list of these.
 
+        "auto:3" gives up to three layers, the default one last and before it what stands for it on finer grids, each of
+        at least twice as many cells: the last layer before the network goes on to a coarser one. Where the grid stays
+        the same, as in a vision transformer, it gives the layers of the same name but for the first number in it:
+        those of the last three blocks.
+
         Raises:
             ModelError: a name is unknown, ran not at all or several times, or a wildcard finds no layer with a map.
         """
@@ -117,10 +132,40 @@ class Layers:
     def _matching(self, name: str) -> Iterator[Layer]:
         if name == "auto":
             yield self.default
+        elif several := re.fullmatch(r"auto:([1-9]\d*)", name):
+            yield from self._ending_in_default(int(several[1]))
         elif any(sign in name for sign in "*?["):
             yield from self._wildcard(name)
         else:
             yield self._layer(self._named(name))
+
+    def _ending_in_default(self, count: int) -> Iterator[Layer]:
+        by_name = {row.name: row for row in self.rows}
+        default = by_name[self.default.name]
+        fit = [by_name[name] for name in self.order if by_name[name].fit]
+        alike = [row for row in fit if row.cells == default.cells and _any_block(row) == _any_block(default)]
+        finer = self._finer(fit, default)
+        tokens = default.grid is not None and default.grid.layout == "tokens"
+        chosen = alike if len(alike) > 1 and (tokens or len(finer) == 1) else finer
+        yield from map(self._layer, chosen[-count:])
+
+    def _finer(self, fit: Sequence[Row], default: Row) -> list[Row]:
+        """The default layer, last, and one for each finer grid: of those that the fewest modules with a coarser output
+        enclose, the last. What a block that halves the grid computes before it does so is not handed on."""
+        enclosing = {row.name: row.cells for row in self.rows}
+
+        def within_coarser(row: Row) -> int:
+            steps = row.name.split(".")
+            outer = [enclosing.get(".".join(steps[:depth]), 0) for depth in range(1, len(steps))]
+            return sum(0 < cells < row.cells for cells in outer)
+
+        chosen = [default]
+        for cells in sorted({row.cells for row in fit}):
+            if cells >= 2 * chosen[0].cells:
+                chosen.insert(
+                    0, min(reversed([row for row in fit if row.cells == cells]), key=within_coarser)
+                )
+        return chosen
 
     def _wildcard(self, pattern: str) -> Iterator[Layer]:
         by_name = {row.name: row for row in self.rows}
@@ -162,6 +207,11 @@ class Layers:
         return Layer(row.name, row.grid, row.shape or ())
 
 
+def _any_block(row: Row) -> str:
+    """Its name with the first number, that of its block, left out."""
+    return re.sub(r"\d+", "#", row.name, count=1)
+
+
 def survey(module: nn.Module, x: Tensor, output: str | None = None) -> Layers:
     """Run ``module`` on ``x`` once, forward and backward, and record every module call.
 
@@ -185,20 +235,19 @@ def survey(module: nn.Module, x: Tensor, output: str | None = None) -> Layers:
         with trace:
             outputs = module(pixels.clone())  # a copy: some networks normalise their input in place
         head = trace.differentiate(outputs, output, pixels)
-    return _layers(module, trace.calls, _default(trace.calls, head))
+    return _layers(module, trace.calls, _fit(trace.calls, head))
 
 
-def _default(calls: Sequence[Call], head: Call | None) -> str | None:
+def _fit(calls: Sequence[Call], head: Call | None) -> list[str]:
+    """Names of the layers that meet the conditions of the default one, as they ran; that is the last of them."""
     runs = Counter(call.name for call in calls)
-    before = list(takewhile(lambda call: call is not head, calls))
-    for call in reversed(before):
-        alive = call.alive.share
-        if call.may_be_default() and runs[call.name] == 1 and alive is not None and alive.item() >= _ALIVE:
-            return call.name
-    return None
+    before = takewhile(lambda call: call is not head, calls)
+    usable = [call for call in before if call.may_be_default() and runs[call.name] == 1]
+    shares = [(call.name, call.alive.share) for call in usable]
+    return [name for name, share in shares if share is not None and share.item() >= _ALIVE]
 
 
-def _layers(module: nn.Module, calls: Sequence[Call], default: str | None) -> Layers:
+def _layers(module: nn.Module, calls: Sequence[Call], fit: Sequence[str]) -> Layers:
     last: dict[str, Call] = {}
     for call in calls:
         last.pop(call.name, None)  # so that the order is that of last calls
@@ -209,7 +258,7 @@ def _layers(module: nn.Module, calls: Sequence[Call], default: str | None) -> La
     for part, name in names.items():
         ran = last.get(name)
         shape, grid = (ran.shape, ran.grid) if ran else (None, None)
-        rows.append(Row(name, type(part).__name__, runs[name], shape, grid, name == default))
+        rows.append(Row(name, type(part).__name__, runs[name], shape, grid, name in fit[-1:], name in fit))
     aliases = {
         name: names[part]
         for name, part in module.named_modules(remove_duplicate=False)

@@ -24,8 +24,9 @@ from xcli.backward import (
 from xcli.errors import ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward, require_all
-from xcli.hooks import full, recording
+from xcli.hooks import recording
 from xcli.layers import Layer, Layers
+from xcli.precision import full
 from xcli.replay import Prefix
 from xcli.targets import Reading, Rows, Scale
 

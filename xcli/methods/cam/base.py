@@ -52,7 +52,8 @@ class CAM(Method):
     layer: Annotated[
         str | tuple[str, ...],
         Field(
-            description="auto (see xai layers), a module name, a list of them, or a wildcard such as layer*"
+            description="auto (see xai layers), auto:3 (with those before it on finer grids), a module name, a list of "
+            "them, or a wildcard such as layer*"
         ),
     ] = "auto"
     relu: Annotated[
