@@ -145,20 +145,19 @@ def recording(
 
 @contextmanager
 def observed(part: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Hand the gradient at the output of each call of ``part`` inside the block to ``see``, once it is known.
+    """Hand the gradient at the output of each call of ``part`` inside the block to ``see``, once it is known there.
 
     An in-place operation on the output later on changes nothing: the gradient is that of the output as it was given.
     """
 
-    def listen(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(see)
+    with ExitStack() as undo:
 
-    handle = part.register_forward_hook(listen)
-    try:
+        def listen(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                undo.callback(output.register_hook(see).remove)
+
+        undo.callback(part.register_forward_hook(listen).remove)
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -262,7 +262,8 @@ class Score:
 
         Args:
             at: names of modules, each of which yields one tensor; one that runs twice is folded twice.
-            fold: (index into ``at``, gradient (m, ...)) -> tensors (m, ...), of the same shapes for every module.
+            fold: (index into ``at``, gradient (m, ...), or (m, p, ...) of a module that sees each image in p pieces)
+                -> tensors (m, ...), of shapes that broadcast. Images without a row in the pass at hand bring zeros.
         """
         grads, *folds, values = folded(self, x, at, fold)
         return Folded(grads, tuple(folds), values)
