@@ -198,7 +198,7 @@ class Score:
     def activations(self, x: Tensor, at: Sequence[Layer]) -> tuple[Tensor, ...]:
         """The raw outputs of layers on the images ``x`` (B, C, H, W), one tensor (B, ...) a layer."""
         names = [layer.name for layer in at]
-        if self.forward is not None and self.forward.covers(x, names, graph=False):
+        if self.forward is not None and not self.create_graph and self.forward.covers(x, names, graph=False):
             chunks = [tuple(acts[name].detach() for name in names) for acts in self.forward.acts]
             return tuple(full(torch.cat(tensors)) for tensors in zip(*chunks, strict=True))
 

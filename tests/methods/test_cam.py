@@ -1,4 +1,4 @@
-"""What all CAMs share: layers and their fusion, views, principal components, sizes; and EigenCAM."""
+"""What all CAMs share: layers and their fusion, views, principal components, sizes."""
 
 from __future__ import annotations
 
@@ -39,11 +39,6 @@ PEERS = {
 }
 
 
-@pytest.fixture(scope="module", params=["shapes-cnn", "shapes-vit", "resnet18", "vit_b_16", "swin_t"])
-def case(request):
-    return cams.case(request.param)
-
-
 @cache
 def score_of(case):
     """The score of a case with the pass over its layers recorded, so that methods cost little more."""
@@ -58,43 +53,6 @@ def heard_by_grad_cam(case):
         cam(case.x, GOALS)
         kept = cam.activations_and_grads
         return kept.activations[0].numpy(), kept.gradients[0].numpy()
-
-
-# ---- EigenCAM ---------------------------------------------------------------------------------------------------
-
-
-def test_eigencam_equals_grad_cam_up_to_the_sign_which_is_fixed(case):
-    expected = cams.grad_cam_map(grad_cam.EigenCAM, case)
-    ours = EigenCAM(layer=case.layer).attribute(score_of(case), case.x)
-    sign = (ours * expected).sum((1, 2), keepdim=True).sign()
-    assert_close(ours.float(), (sign * expected).float(), rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
-    assert (ours.amax((1, 2)) >= -ours.amin((1, 2))).all()
-
-
-@pytest.mark.parametrize("channels", [3, 40])
-def test_eigencam_of_a_rank_one_map_is_its_pattern(channels):
-    """A_k = v_k * p has one component: the centred pattern times the length of v; both Gram matrices give it."""
-    pattern = images(1, 1, 4, 5)
-    weights = images(1, channels, 1, 1, seed=1)
-    centred = pattern - pattern.mean()
-    expected = (centred * weights.norm())[0]
-    expected = expected if expected.max() >= -expected.min() else -expected
-    assert_close(first_component(pattern * weights), expected)
-    assert_close(first_component(-pattern * weights), expected)
-
-
-def test_eigencam_equals_a_plain_singular_value_decomposition():
-    acts = images(2, 7, 5, 3)
-    rows = acts.flatten(2).transpose(1, 2)
-    rows = rows - rows.mean(1, keepdim=True)
-    left, power, _ = torch.linalg.svd(rows, full_matrices=False)
-    expected = left[:, :, 0] * power[:, :1]
-    expected = expected * expected.gather(1, expected.abs().argmax(1, keepdim=True)).sign()
-    assert_close(first_component(acts), expected.view(2, 5, 3))
-
-
-def test_eigencam_of_a_constant_layer_is_zero():
-    assert (first_component(torch.ones(2, 4, 3, 3)) == 0).all()
 
 
 # ---- eigen_smooth and the sign of a component -------------------------------------------------------------------
