@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from toys import PooledLinear, Residual, Tokens, bound, images, made
 
-from xcli.errors import ModelError
 from xcli.hooks import frozen
 from xcli.score import Score
 
@@ -26,7 +25,7 @@ PLACES = {
 """Modules before an in-place ReLU or an in-place sum, and one that runs three times."""
 
 
-def fold(number: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+def fold(number: int, grad: Tensor, count: int = 0) -> tuple[Tensor, Tensor]:
     """Not linear, so that each call of a module has to be folded by itself, and told apart by the module."""
     size = grad.flatten(1).abs().sum(1)
     return (number + 1) * size.square(), torch.stack([(size + 1).sqrt(), size * number], 1)
@@ -96,7 +95,7 @@ def test_one_row_an_image_shares_one_backward_pass(case):
     net, x, _, at = case
     score, calls = bound(net, x, [0, 1, 2, 3, 1]), []
 
-    def counting(number: int, grad: Tensor) -> tuple[Tensor, ...]:
+    def counting(number: int, grad: Tensor, count: int) -> tuple[Tensor, ...]:
         calls.append((number, len(grad)))
         return fold(number, grad)
 
@@ -118,7 +117,7 @@ def test_memory_that_runs_out_midway_changes_nothing(case, where):
         if size > 2:
             raise torch.OutOfMemoryError("out of memory")
 
-    def squeezed(number: int, grad: Tensor) -> tuple[Tensor, ...]:
+    def squeezed(number: int, grad: Tensor, count: int) -> tuple[Tensor, ...]:
         if where == "fold" and number == 0:  # the others have been folded by then
             limited(len(grad))
         return fold(number, grad)
@@ -166,7 +165,7 @@ def test_with_a_graph_everything_can_be_differentiated_by_images_and_weights():
 def test_shapes_that_broadcast_add_up():
     net, x = made(Residual).requires_grad_(False), images(5, 3, 8, 8)
 
-    def uneven(number: int, grad: Tensor) -> tuple[Tensor]:
+    def uneven(number: int, grad: Tensor, count: int) -> tuple[Tensor]:
         return (grad.new_full((len(grad), 1, 1), 2.0) if number else grad.abs().sum(1),)
 
     both = bound(net, x, TARGET, IMAGE).folded(x, ["stem", "last"], uneven).folds[0]
@@ -189,7 +188,7 @@ def test_half_precision_gradients_are_handed_over_in_full():
     score, seen = bound(net, x, TARGET, IMAGE), []
     score.execution.precision = torch.bfloat16
 
-    def looking(number: int, grad: Tensor) -> tuple[Tensor, ...]:
+    def looking(number: int, grad: Tensor, count: int) -> tuple[Tensor, ...]:
         seen.append(grad.dtype)
         return fold(number, grad)
 
@@ -218,55 +217,11 @@ def test_an_exception_leaves_the_network_as_found(where):
         handle.remove()
 
 
-class Windows(nn.Module):
-    """A linear layer on quarters of each picture, one after another along the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.head = nn.Linear(3 * 16, 6), nn.Linear(24, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        pieces = x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 1, 3, 5)
-        return self.head(self.inner(pieces.reshape(-1, 48)).relu().reshape(len(x), 24))
-
-
-@pytest.mark.parametrize("micro_batch", [1, 2, 64])
-def test_pieces_of_an_image_come_together(micro_batch):
-    net, x, shapes = made(Windows).requires_grad_(False), images(5, 3, 8, 8), set()
-
-    def looking(number: int, grad: Tensor) -> tuple[Tensor, ...]:
-        shapes.add(grad.shape[1:])
-        return fold(number, grad)
-
-    score = bound(net, x, TARGET, IMAGE, micro_batch=micro_batch)
-    found = score.folded(x, ["inner"], looking)
-    assert shapes == {(4, 6)}
-    value = bound(net, x, [2]).folded(x[:1], ["inner"], fold).folds[0]
-    assert_close(bound(net, x, [2], [0]).folded(x[:1], ["inner"], fold).folds[0], value)
-    hidden = (
-        net.inner(x.unflatten(2, (2, 4)).unflatten(4, (2, 4)).permute(0, 2, 4, 1, 3, 5).reshape(5, 4, 48)) > 0
-    )
-    grads = hidden[IMAGE] * net.head.weight[TARGET].unflatten(1, (4, 6))
-    assert_close(found.folds[0], grads.abs().sum((1, 2)).square())
-
-
-def test_an_output_that_is_not_by_image_is_refused():
-    class Turned(Windows):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(
-                self.inner(x.flatten(1)[:, :144].unflatten(1, (3, 48)).transpose(0, 1)).mean(0).repeat(1, 4)
-            )
-
-    net, x = made(Turned), images(5, 3, 8, 8)
-    with pytest.raises(ModelError, match="layer 'inner' yields 3 entries for 5 images.*; "):
-        bound(net, x, TARGET, IMAGE).folded(x, ["inner"], fold)
-
-
 def test_what_is_differentiated_later_is_not_folded_again():
     net, x, calls = made(Residual), images(5, 3, 8, 8).requires_grad_(), []
     score = replace(bound(net, x.detach(), TARGET, IMAGE), create_graph=True)
 
-    def counting(number: int, grad: Tensor) -> tuple[Tensor, ...]:
+    def counting(number: int, grad: Tensor, count: int) -> tuple[Tensor, ...]:
         calls.append(number)
         return fold(number, grad)
 

@@ -103,7 +103,7 @@ def differentiated(
 
 
 def folded(
-    score: Score, x: Tensor, at: Sequence[str], fold: Callable[[int, Tensor], tuple[Tensor, ...]]
+    score: Score, x: Tensor, at: Sequence[str], fold: Callable[[int, Tensor, int], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """The gradient at the input, the sums over modules of what ``fold`` makes of the gradient there, the values."""
 
@@ -111,7 +111,7 @@ def folded(
         sums: list[Tensor] = []
 
         def add(number: int, grad: Tensor) -> None:
-            made = fold(number, by_image(full(grad), len(part), at[number]))
+            made = fold(number, full(grad), len(part))
             sums[:] = [a + b for a, b in zip(sums, made, strict=True)] if sums else made
 
         def differentiate(picked: Tensor, again: bool) -> tuple[Tensor, ...]:
@@ -125,19 +125,6 @@ def folded(
             return _rows(score, outputs, differentiate, *score.pairs(index))
 
     return score.execution.each(run, x, torch.arange(len(x)))
-
-
-def by_image(grad: Tensor, count: int, name: str) -> Tensor:
-    """The gradient (m, ...) of ``count`` images; (m, p, ...) where a module sees each in p pieces, such as windows."""
-    if len(grad) == count:
-        return grad
-    if len(grad) % count:
-        raise ModelError(
-            f"layer {name!r} yields {len(grad)} entries for {count} images, so that it is unknown which are whose; "
-            "choose another method"
-        )
-    grouped: Tensor = grad.unflatten(0, (count, -1))
-    return grouped
 
 
 def from_forward(score: Score, x: Tensor, names: tuple[str, ...]) -> Gradients | None:

@@ -85,9 +85,9 @@ class Score:
         """The same rows seen by another network of the same structure."""
         return replace(self, module=module, forward=None, prefix=None, memo={}, scales={})
 
-    def reading(self, values: Callable[[Any, Tensor, Tensor], Tensor]) -> Score:
-        """The same rows with another number explained: ``values(outputs, copy, row)``, as ``Rows.values``."""
-        return replace(self, rows=Reading(self.rows, values), memo={}, scales={})
+    def reading(self, number: Callable[[Rows, Any, Tensor, Tensor], Tensor]) -> Score:
+        """The same rows with another number explained: ``number(rows, outputs, copy, row)``, see ``Reading``."""
+        return replace(self, rows=Reading(self.rows, number), memo={}, scales={})
 
     def apart(self) -> Score:
         """The same rows with an image of their own each, in the same order: for inputs that differ from row to row."""
@@ -254,7 +254,7 @@ class Score:
         return Curvature(found[:count], found[count : 2 * count], found[2 * count : -1], found[-1])
 
     def folded(
-        self, x: Tensor, at: Sequence[str], fold: Callable[[int, Tensor], tuple[Tensor, ...]]
+        self, x: Tensor, at: Sequence[str], fold: Callable[[int, Tensor, int], tuple[Tensor, ...]]
     ) -> Folded:
         """The gradient at the images (B, C, H, W), and sums over modules of what ``fold`` makes of the gradient there.
 
@@ -262,8 +262,9 @@ class Score:
 
         Args:
             at: names of modules, each of which yields one tensor; one that runs twice is folded twice.
-            fold: (index into ``at``, gradient (m, ...), or (m, p, ...) of a module that sees each image in p pieces)
-                -> tensors (m, ...), of shapes that broadcast. Images without a row in the pass at hand bring zeros.
+            fold: (index into ``at``, gradient, number m of images) -> tensors (m, ...), of shapes that broadcast. The
+                gradient is that of the output as the module gives it; most give (m, ...). Images without a row in the
+                pass at hand bring zeros.
         """
         grads, *folds, values = folded(self, x, at, fold)
         return Folded(grads, tuple(folds), values)

@@ -78,35 +78,41 @@ class ClassRows:
 
 @dataclass(frozen=True)
 class Reading:
-    """Other rows with a number of one's own explained for each: ``number(outputs, copy, row)``, as ``Rows.values``."""
+    """Other rows with a number of one's own explained for each: ``number(rows, outputs, copy, row)``, where ``rows``
+    are those others, in the unit that is asked for, and the rest is as for ``Rows.values``.
+
+    ``index`` and ``about``: which of these rows each is, and its image, where they are not the same.
+    """
 
     rows: Rows
-    number: Callable[[Any, Tensor, Tensor], Tensor]
+    number: Callable[[Rows, Any, Tensor, Tensor], Tensor]
+    index: Tensor | None = None
+    about: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
-        return self.rows.image
+        return self.rows.image if self.about is None else self.about
 
     def values(self, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
-        return self.number(outputs, copy, row)
+        return self.number(self.rows, outputs, copy, row if self.index is None else self.index[row])
 
     def scaled(self, scale: Scale) -> Reading:
-        return self
+        return replace(self, rows=self.rows.scaled(scale))
 
     def retarget(self, target: Tensor) -> Reading:
-        return replace(self, rows=self.rows.retarget(target))
+        if self.index is None:
+            return replace(self, rows=self.rows.retarget(target))
+        raise ValueError("rows that were taken from others keep their targets")
 
     def taken(self, row: Tensor, image: Tensor) -> Reading:
-        number = self.number
-        return Reading(
-            self.rows.taken(row, image), lambda outputs, copy, own: number(outputs, copy, row[own])
-        )
+        return replace(self, index=row if self.index is None else self.index[row], about=image)
 
     def logits(self, outputs: Any) -> Tensor:
         return self.rows.logits(outputs)
 
     def columns(self) -> Mapping[str, Tensor]:
-        return self.rows.columns()
+        columns, index = self.rows.columns(), self.index
+        return columns if index is None else {name: column[index] for name, column in columns.items()}
 
 
 def in_scale(logits: Tensor, target: Tensor, scale: Scale) -> Tensor:

@@ -158,7 +158,7 @@ def test_classes_can_be_named_and_the_explained_one_does_not_count():
         method = FinerCAM(layer="relu", against=(1, 3, 1), weights=weights)
         pair = z[0, [1, 3]].softmax(0) if weights == "softmax" else torch.tensor([0.5, 0.5])
 
-        def number(outputs, copy, row, pair=pair, weights=weights):
+        def number(rows, outputs, copy, row, pair=pair, weights=weights):
             first = outputs[:, [1, 3]]
             mixed = (first.softmax(1) if weights == "softmax" else pair) * first
             both = torch.stack([outputs[:, 4] - mixed.sum(1), outputs[:, 1] - outputs[:, 3]], 1)
@@ -168,12 +168,41 @@ def test_classes_can_be_named_and_the_explained_one_does_not_count():
         assert_close(method.attribute(score, x), expected)
 
 
+def test_a_row_whose_own_class_is_all_there_is_to_compare_is_lost_and_no_other():
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    score = bound(net, x, [1, 4, 1], [0, 0, 1])
+    for weights in ("softmax", "mean"):
+        found = FinerCAM(layer="relu", against=(1,), weights=weights).attribute(score, x)
+        assert found[[0, 2]].isnan().all()
+        alone = FinerCAM(layer="relu", against=(1,), weights=weights).attribute(bound(net, x, [4], [0]), x)
+        assert_close(found[1:2], alone)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "layercam",
+        "shapleycam",
+        {"name": "scorecam", "weights": "probability"},
+        "ablationcam",
+        "smooth-gradcam++",
+    ],
+)
+def test_without_a_comparison_it_is_its_base_in_the_unit_of_the_base(base):
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    method, inner = FinerCAM(base=base, layer="relu", relu=False, alpha=0), build(base)
+    score = bound(net, x, [4, 1]).scaled(method.scale)
+    expected = replace(inner, layer="relu", relu=False).attribute(score, x)
+    assert expected.abs().max() > 0
+    assert_close(method.attribute(score, x), expected)
+
+
 def test_another_unit_is_compared_in_that_unit():
     net, x = made(PooledLinear), images(2, 3, 8, 6)
     score = bound(net, x, [4, 1])
     method = FinerCAM(layer="relu", relu=False, against=(0, 2), weights="mean", alpha=0.5)
 
-    def number(outputs, copy, row):
+    def number(rows, outputs, copy, row):
         chance = outputs.softmax(1)[copy]
         own = chance.gather(1, score.rows.target[row][:, None])[:, 0]
         return own - 0.25 * chance[:, 0] - 0.25 * chance[:, 2]
@@ -278,10 +307,8 @@ def test_what_cannot_be_compared_is_said_in_words():
     score = bound(net, x, [0, 1])
     with pytest.raises(ModelError, match=r"there is no class 7; the model has 5"):
         FinerCAM(layer="relu", against=(2, 7)).attribute(score, x)
-    with pytest.raises(ModelError, match="against names the explained class alone"):
-        FinerCAM(layer="relu", against=(1,)).attribute(score, x)
     with pytest.raises(ModelError, match="these explanations are of no class"):
-        FinerCAM(layer="relu").attribute(score.reading(lambda outputs, copy, row: outputs[copy, 0]), x)
+        FinerCAM(layer="relu").attribute(score.reading(lambda rows, outputs, copy, row: outputs[copy, 0]), x)
     single = made(OneLogit)
     with pytest.raises(ModelError, match="finercam: the model has a single logit"):
         FinerCAM(layer="net.relu").attribute(bound(single, x, [0, 0]), x)
@@ -410,7 +437,7 @@ def test_it_combines_finer_maps_too():
 def test_the_number_explained_and_the_needs_are_those_of_the_base():
     assert (RefineCAM().scale, RefineCAM(base="shapleycam").scale) == ("logit", "rest")
     assert RefineCAM(base="shapleycam", layer="auto").scale == "rest"
-    assert FinerCAM(base="shapleycam").scale == "logit"
+    assert FinerCAM(base="shapleycam").scale == "rest"
     assert RefineCAM(base="eigencam").needs == {"layer"}
     assert replace(RefineCAM(), base="eigencam").needs == {"layer"}
     assert RefineCAM.needs == RefineCAM().needs == {"layer", "gradients"}

@@ -21,6 +21,7 @@ from toys import PooledLinear, Tokens, bound, images, made
 
 from xcli.errors import ModelError
 from xcli.hooks import frozen
+from xcli.methods.cam.base import scaled
 from xcli.methods.cam.fullgrad import FullGrad
 from xcli.registry import build
 
@@ -252,7 +253,7 @@ def test_one_large_channel_decides_the_scale_of_its_layer_but_not_of_others_chan
 def test_scores_that_are_twice_as_large_give_the_same_map():
     case = cams.case("shapes-cnn")
     score = case.score
-    double = score.reading(lambda outputs, copy, row: 2 * score.rows.values(outputs, copy, row))
+    double = score.reading(lambda rows, outputs, copy, row: 2 * rows.values(outputs, copy, row))
     maps = [FullGrad(eps=1e-30).attribute(one, case.x).map for one in (score, double)]
     assert_close(*maps)
 
@@ -382,3 +383,38 @@ def test_an_exception_leaves_the_network_as_found(where):
         assert snapshot(net) == before
     if handle:
         handle.remove()
+
+
+class Sequence(nn.Module):
+    """A linear layer on the columns of the picture, columns before images, as transformers of text have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(self.inner(self.conv(x).mean(2).permute(2, 0, 1)).relu().mean(0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_the_gap_is_not_a_number_where_a_layer_mixes_up_images(count):
+    net, x = made(Sequence), images(count, 3, 4, 4)
+    found = FullGrad().attribute(bound(net, x, [1] * count), x)
+    assert found.extras["delta"].isnan().all()
+    alone = FullGrad().attribute(bound(net, x[:1], [1]), x[:1])
+    assert_close(found.map[:1], alone.map)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shapes-cnn"])
+def test_views_and_components_equal_grad_cam(name):
+    case = cams.case(name)
+    goals = [ClassifierOutputTarget(target) for target in cams.TARGETS]
+    with PeerFullGrad(copy.deepcopy(case.net).float(), []) as cam:
+        views = torch.from_numpy(cam(case.x.float(), goals, aug_smooth=True))
+        component = torch.from_numpy(cam(case.x.float(), goals, eigen_smooth=True))
+    ours = replace(GRAD_CAM, aug_smooth=True).attribute(case.score, case.x).map
+    assert_close(ours, views.double(), rtol=0, atol=2e-4)
+    ours = replace(GRAD_CAM, eigen_smooth=True).attribute(case.score, case.x).map
+    scaled_ours, other = scaled(ours, "min-max"), scaled(-ours, "min-max")
+    gap = torch.minimum((scaled_ours - component).abs().amax((1, 2)), (other - component).abs().amax((1, 2)))
+    assert gap.max() < 2e-3  # its sign is left to chance

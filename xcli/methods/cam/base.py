@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from xcli.layers import Layer, Layers
-from xcli.methods.base import Method, Need, resized
+from xcli.methods.base import Attribution, Method, Need, resized
 from xcli.methods.cam.spectra import Sign, first_component
 from xcli.registry import options
 from xcli.score import Score
@@ -40,7 +40,42 @@ TORCH_CAM: dict[str, object] = {"relu": True, "fusion": "max", "normalise": "min
 
 
 @options
-class CAM(Method):
+class Viewed(Method):
+    """A method whose map can be averaged over views of the picture, each view's scaled as ``normalise`` says."""
+
+    normalise: Normalise = "peak"
+    aug_smooth: Annotated[
+        bool, Field(description="mean over six views: mirrored or not, the input times 0.9, 1 and 1.1")
+    ] = False
+
+    def over_views(self, score: Score, x: Tensor) -> Attribution:
+        """``attribution``, or its mean over six views where ``aug_smooth`` is set."""
+        if not self.aug_smooth:
+            return self.attribution(score, x)
+        score, row = score.copies(torch.arange(len(x)).repeat_interleave(len(VIEWS)))
+        found = self.attribution(score, torch.stack([seen(x, *view) for view in VIEWS], 1).flatten(0, 1))
+        maps = scaled(resized(found.map, self.meeting(x), "bilinear"), self.normalise)
+        mirrored = torch.tensor([mirror for mirror, _ in VIEWS])[score.image % len(VIEWS)].to(x.device)
+        maps = torch.where(mirrored[:, None, None], maps.flip(2), maps)
+        order = row.argsort(stable=True)
+
+        def mean(values: Tensor) -> Tensor:
+            averaged: Tensor = values[order.to(values.device)].unflatten(0, (-1, len(VIEWS))).mean(1)
+            return averaged
+
+        return Attribution(mean(maps), {name: mean(values) for name, values in found.extras.items()})
+
+    @abstractmethod
+    def attribution(self, score: Score, x: Tensor) -> Attribution:
+        """The raw map of every row of ``score`` on the images ``x`` as they are, and what the method adds."""
+
+    def meeting(self, x: Tensor) -> tuple[int, int] | None:
+        """The size at which maps are combined; ``None``: as they are."""
+        return None
+
+
+@options
+class CAM(Viewed):
     """A map on the grid of one layer; on a transformer, of its patch tokens.
 
     The map of one layer stays raw. Maps that are combined, of several layers or of the views of ``aug_smooth``, are
@@ -60,13 +95,9 @@ class CAM(Method):
         bool, Field(description="keep the positive part of each layer's map; false gives the signed map")
     ] = True
     fusion: Fusion = "mean"
-    normalise: Normalise = "peak"
     fused_at: Annotated[
         Literal["finest", "input"], Field(description="the grid on which the maps of several layers meet")
     ] = "finest"
-    aug_smooth: Annotated[
-        bool, Field(description="mean over six views: mirrored or not, the input times 0.9, 1 and 1.1")
-    ] = False
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
         """The layers of ``layer``, each with a map.
@@ -84,23 +115,14 @@ class CAM(Method):
         return replace(self, layer=tuple(layer.name for layer in wanted.looks_at(layers)))
 
     def attribute(self, score: Score, x: Tensor) -> Tensor:
-        if not self.aug_smooth:
-            return self._fused(score, x)
-        score, row = score.copies(torch.arange(len(x)).repeat_interleave(len(VIEWS)))
-        views = torch.stack([seen(x, *view) for view in VIEWS], 1).flatten(0, 1)  # (B V, C, H, W)
-        maps = scaled(resized(self._fused(score, views), self._meeting(x), "bilinear"), self.normalise)
-        mirrored = torch.tensor([mirror for mirror, _ in VIEWS])[score.image % len(VIEWS)].to(x.device)
-        maps = torch.where(mirrored[:, None, None], maps.flip(2), maps)
-        order = row.argsort(stable=True).to(x.device)
-        smooth: Tensor = maps[order].unflatten(0, (-1, len(VIEWS))).mean(1)  # (N, h, w)
-        return smooth
+        return self.over_views(score, x).map
 
-    def _fused(self, score: Score, x: Tensor) -> Tensor:
+    def attribution(self, score: Score, x: Tensor) -> Attribution:
         maps = self.maps(score, x, self.looks_at(score.layers))
         positive = [one.relu() if self.relu else one for one in maps]
-        return fused(positive, self.fusion, self.normalise, self._meeting(x))
+        return Attribution(fused(positive, self.fusion, self.normalise, self.meeting(x)))
 
-    def _meeting(self, x: Tensor) -> tuple[int, int] | None:
+    def meeting(self, x: Tensor) -> tuple[int, int] | None:
         return (x.shape[-2], x.shape[-1]) if self.fused_at == "input" else None
 
     @abstractmethod

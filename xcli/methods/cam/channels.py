@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from xcli.errors import ModelError
 from xcli.layers import Layer
-from xcli.methods.cam.base import CAM, GRAD_CAM, WeightedCAM
+from xcli.methods.cam.base import CAM, GRAD_CAM, TORCH_CAM, WeightedCAM
 from xcli.registry import method
 from xcli.score import Score
 
@@ -36,7 +37,8 @@ class ClassActivationMap(WeightedCAM):
     """
 
     source: ClassVar[str] = "Zhou et al. 2016, arXiv:1512.04150"
-    cost: ClassVar[str] = "1 forward, and another for the scores where none is recorded"
+    cost: ClassVar[str] = "1 forward, and another where none is recorded or the precision is reduced"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"torch-cam": {**TORCH_CAM, "relu": False}}
 
     relu: Annotated[bool, Field(description="keep the positive part only; false gives the signed map")] = (
         False
@@ -44,25 +46,36 @@ class ClassActivationMap(WeightedCAM):
 
     def channels(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
         for layer, own in zip(layers, score.activations(x, at=layers), strict=True):
-            acts = layer.maps(own)[score.image.to(x.device)]  # (N, K, h, w)
-            yield pooled_weights(score, x, layer, acts)[:, :, None, None] * acts
+            acts = layer.maps(own)  # (B, K, h, w)
+            weights = pooled_weights(score, x, layer, acts).to(acts.dtype)
+            yield weights[:, :, None, None] * acts[score.image.to(x.device)]
+
+
+def in_full(score: Score) -> Score:
+    """The score in the precision of the weights: what is compared must not drown in rounding."""
+    if score.execution.precision is None:
+        return score
+    execution = replace(score.execution, precision=None)
+    return replace(score, execution=execution, forward=None, memo={}, scales={})
 
 
 def pooled_weights(score: Score, x: Tensor, layer: Layer, acts: Tensor) -> Tensor:
-    """The weights (N, K) that make the scores of the images ``x`` of the means of maps (N, K, h, w), up to a bias.
+    """The weights (N, K) that make the scores of the images ``x`` of the means of maps (B, K, h, w), up to a bias.
 
     Raises:
         ModelError: the scores are no such function of the layer.
     """
-    target, values = score.rows.columns()["target"].to(x.device), score.clean(x).to(x.device)
-    means = acts.mean((2, 3))
+    target, exact = score.rows.columns()["target"].to(x.device), in_full(score)
+    values = exact.clean(x).to(x.device)
+    if exact is not score:
+        acts = layer.maps(exact.activations(x, at=(layer,))[0])
+    means = acts.mean((2, 3))[score.image.to(x.device)]
     found = list(heads(score, means.shape[1], int(target.max())))
     for head in found:
-        weight = head.weight.flatten(1)[target].to(acts.dtype)  # (N, K)
+        weight = head.weight.flatten(1)[target].to(means.dtype)  # (N, K)
         bias = torch.zeros_like(values) if head.bias is None else head.bias[target]
-        terms = torch.cat([weight * means, bias[:, None].to(acts.dtype)], 1)  # (N, K + 1)
-        precision = torch.finfo(score.execution.precision or head.weight.dtype)
-        allowed = max(_AGREE, 8 * precision.eps) * terms.abs().sum(1)
+        terms = torch.cat([weight * means, bias[:, None].to(means.dtype)], 1)  # (N, K + 1)
+        allowed = max(_AGREE, 8 * torch.finfo(head.weight.dtype).eps) * terms.abs().sum(1)
         if not ((terms.sum(1) - values).abs() > allowed).any():  # NaN agrees: an image that is not finite
             return weight if score.create_graph else weight.detach()
     why = "the score is no linear function of" if found else "no linear layer makes logits of"
@@ -90,7 +103,7 @@ class FEM(CAM):
 
     with mu_k and sigma_k the mean and the standard deviation (of all hw places, not hw - 1) of channel k. Not class
     specific: rows of one image get one map. Unit: that of the activations. s is ``sigmas``; no place can be more than
-    sqrt(hw - 1) deviations above the mean, so a layer of 5 places or fewer has an empty map at the default of 2.
+    sqrt(hw - 1) deviations above the mean, so up to rounding a layer of 5 places or fewer has an empty map at 2.
 
     Source: Fuad et al. 2020, IPTA, doi 10.1109/IPTA50016.2020.9286629. ``preset: xplique`` lets a place at the
     threshold count and enlarges bicubically (as PyTorch does; TensorFlow's cubic is another). ``preset: grad-cam`` is

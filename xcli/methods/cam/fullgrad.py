@@ -13,10 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from xcli.errors import ModelError
-from xcli.methods.base import Attribution, Method, Need
+from xcli.methods.base import Attribution, Need, resized
+from xcli.methods.cam.base import Normalise, Viewed, scaled
+from xcli.methods.cam.spectra import Sign, first_component
 from xcli.precision import full
 from xcli.registry import method
 from xcli.score import Score
+
+_LESS = 8
+"""How many times smaller the maps are that ``eigen_smooth`` decomposes."""
 
 
 class Bias(NamedTuple):
@@ -29,7 +34,7 @@ class Bias(NamedTuple):
 
 
 @method("fullgrad")
-class FullGrad(Method):
+class FullGrad(Viewed):
     r"""Every pixel and every bias on the way to a score, weighed by how far they take part in it.
 
     .. math:: \sum_c \psi(x \odot \nabla_x y)_c + \sum_l \sum_k \psi(b_l \odot \nabla_{z_l} y)_k,
@@ -42,10 +47,10 @@ class FullGrad(Method):
     ``extras`` have ``delta``, in the unit of the score: the score less the sum of all x * gradient and b * gradient,
     those of linear layers too. It is 0 for ReLU networks, whose score is made up of these. Elsewhere it says how much
     of the score has no place here: activations that bend, attention, norms by the statistics of the input, parameters
-    that no layer adds.
+    that no layer adds. It is NaN where a linear layer does not keep images apart along its first axis.
 
-    Source: Srinivas and Fleuret 2019, arXiv:1905.00780; psi, aligned corners and ``eps`` as in the authors' code, for
-    the paper leaves psi open. ``preset: simple`` is their SimpleFullGrad. ``preset: grad-cam`` is that package's
+    Source: Srinivas and Fleuret 2019, arXiv:1905.00780; psi, aligned corners and ``eps`` as in the authors' code, which
+    rescales a layer as a whole. ``preset: simple`` is their SimpleFullGrad. ``preset: grad-cam`` is that package's
     definition: psi of each channel by itself, in which a bias cancels out unless it is 0. Departs: each call of a
     layer counts with its own gradient, where both codes pair layers with gradients by order; transposed
     convolutions, subclasses and batch norms without weights count too.
@@ -73,27 +78,59 @@ class FullGrad(Method):
     bias: Annotated[
         bool, Field(description="weigh gradients by the biases; false takes the gradients alone")
     ] = True
+    normalise: Normalise = "min-max"
+    eigen_smooth: Annotated[
+        bool,
+        Field(
+            description="the first principal component of the parts' maps, an eighth as large, not their sum"
+        ),
+    ] = False
+    sign: Sign = "peak"
 
     def attribute(self, score: Score, x: Tensor) -> Attribution:
-        biases, size = list(biases_of(score)), (x.shape[-2], x.shape[-1])
+        return self.over_views(score, x)
 
-        def fold(number: int, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def attribution(self, score: Score, x: Tensor) -> Attribution:
+        biases, size = list(biases_of(score)), (x.shape[-2], x.shape[-1])
+        shapes = {row.name: row.shape for row in score.layers.rows if row.calls == 1}
+        places = x.shape[1] + len(biases)
+
+        def fold(number: int, grad: Tensor, count: int) -> tuple[Tensor, Tensor]:
             name, value, last = biases[number]
-            share = torch.einsum("m...k,k->m" if last else "mk...,k->m", grad, value)
-            if last or grad.dim() < 4:
-                return grad.new_zeros(len(grad), 1, 1), share  # nowhere in the picture
-            if grad.dim() > 4:
+            mixed = len(grad) != count or tuple(grad.shape[1:]) != shapes.get(name, tuple(grad.shape[1:]))
+            if mixed and not last:
                 raise ModelError(f"fullgrad: layer {name!r} sees images in pieces; choose another method")
+            if mixed:  # which entry is of which image is not known
+                return x.new_zeros(count, 1, 1, 1), x.new_full((count,), torch.nan)
+            share = torch.einsum("m...k,k->m" if last else "mk...,k->m", grad, value)
+            if last or grad.dim() != 4:
+                return x.new_zeros(count, 1, 1, 1), share  # nowhere in the picture
             maps = self.summed(grad.abs(), value.abs() if self.bias else torch.ones_like(value))
-            return self.grown(maps, size), share
+            return self.placed(self.grown(maps, size), x.shape[1] + number, places), share
 
         found = score.folded(x, [bias.name for bias in biases], fold)
         shares = x[score.image.to(x.device)] * found.grads  # (N, C, H, W)
-        maps = self.summed(shares.abs(), shares.new_ones(shares.shape[1]))
-        delta = found.values - shares.sum((1, 2, 3))
-        if found.folds:
-            maps, delta = maps + found.folds[0], delta - found.folds[1]
-        return Attribution(maps, {"delta": delta})
+        maps, spoken = found.folds or (shares.new_zeros(1), shares.new_zeros(1))
+        for number, part in enumerate(shares.abs().split(1 if self.eigen_smooth else len(shares[0]), dim=1)):
+            maps = maps + self.placed(self.summed(part, part.new_ones(part.shape[1])), number, places)
+        delta = found.values - shares.sum((1, 2, 3)) - spoken
+        return Attribution(self.gathered(maps, size), {"delta": delta})
+
+    def placed(self, maps: Tensor, number: int, places: int) -> Tensor:
+        """Maps (m, H, W) of one part, to be added to those of the others: (m, 1, H, W), or small and apart from them,
+        (m, places, h, w), where they are to be decomposed."""
+        if not self.eigen_smooth:
+            return maps[:, None]
+        less = [max(1, side // _LESS) for side in maps.shape[1:]]
+        small = F.interpolate(scaled(maps, "min-max")[:, None], less, mode="bilinear", align_corners=False)
+        here = torch.arange(places, device=maps.device) == number
+        return small * here[:, None, None].to(small.dtype)
+
+    def gathered(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """The map (N, H, W) of what ``placed`` and its sum gave."""
+        if not self.eigen_smooth:
+            return maps[:, 0]
+        return resized(first_component(maps, self.sign), size, "bilinear")
 
     def summed(self, sizes: Tensor, factor: Tensor) -> Tensor:
         """The sum over channels of psi of ``sizes`` (m, K, h, w) times ``factor`` (K,), neither negative: (m, h, w).

@@ -18,13 +18,14 @@ from xcli.methods.cam.base import CAM, GRAD_CAM, TORCH_CAM, scaled
 from xcli.methods.nested import Around, Spec
 from xcli.registry import method, options
 from xcli.score import Score
-from xcli.targets import ClassRows
+from xcli.targets import ClassRows, Rows
 
 BASE = Around(
     CAM,
     {
         "refinecam": "combines the maps of several layers, so it stands outermost: {name: refinecam, base: ...}",
         "finercam": "cannot be used around itself",
+        "cam": "reads one class off the head, so there is nothing to compare; gradcam gives the same map",
     },
 )
 REFINED = Around(CAM, {"refinecam": "cannot be used around itself"})
@@ -47,9 +48,9 @@ class CAMAround(CAM):
     ] = "gradcam"
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "needs", self.inner.needs | {"layer"}
-        )  # those of the class are of its default base
+        # those of the class are of its default base
+        object.__setattr__(self, "needs", self.inner.needs | {"layer"})
+        object.__setattr__(self, "scale", self.inner.scale)
 
     @cached_property
     def inner(self) -> CAM:
@@ -71,16 +72,17 @@ class FinerCAM(CAMAround):
     the probabilities, differentiated through. They are chosen on the images that the CAM is made of, and stay the
     same when the inner CAM perturbs them. ``alpha: 0`` gives the inner CAM itself.
 
-    Unit: that of the inner CAM, for a difference of logits; with another ``score`` it is that of the classes' values
-    in that unit, the references and their weights still chosen by the logits. A base that asks for no score, such as
-    eigencam, is refused: there is nothing to compare.
+    Unit: that of the inner CAM, for a difference of what it explains, logits for most; in another unit it is that of
+    the classes' values there, the references and their weights still chosen by the logits. A base that asks for no
+    score, such as eigencam, is refused: there is nothing to compare. A row whose class is the only one of ``against``
+    has a map that is not finite.
 
-    Source: Zhang et al. 2025, arXiv:2501.11309; several references are weighed as in the authors' code. Departs from
-    the code: the weights are the softmax over the references alone, which is the same but for the 1e-9 that the code
-    adds below (``eps``): where another class is almost certain, the probabilities of the references fall under that
-    number, and the code then explains these probabilities; where another class has the same logit as the target, the
-    code may explain that one. ``preset: grad-cam`` has the ``eps``. ``preset: torch-cam`` takes the mean of the
-    references times 0.6.
+    Source: Zhang et al. 2025, arXiv:2501.11309; several references are weighed as in the authors' code, where torch-cam
+    gives as the paper's formula the mean of the references times 0.6 (``preset: torch-cam``). Departs from the code:
+    the weights are the softmax over the references alone, which is the same but for the 1e-9 that the code adds below
+    (``eps``, ``preset: grad-cam``): where another class is almost certain, the probabilities of the references fall
+    under that number, and the code then explains these probabilities; where another class has the same logit as the
+    target, the code may explain that one.
     """
 
     source: ClassVar[str] = "Zhang et al. 2025, arXiv:2501.11309"
@@ -106,13 +108,16 @@ class FinerCAM(CAMAround):
 
     def maps(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
         others, kept = self.compared(score, x)
-        rivals, asked = [score.rows.retarget(other) for other in others.unbind(1)], []
+        alone = ~kept.any(1, keepdim=True)  # (N, 1), rows with nothing to compare
+        kept = kept | alone
+        asked: list[int] = []
 
-        def number(outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
+        def number(rows: Rows, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
             asked.append(len(row))
-            own = score.rows.values(outputs, copy, row)  # (P,)
-            theirs = torch.stack([rival.values(outputs, copy, row) for rival in rivals], 1)  # (P, T)
-            logits = score.rows.logits(outputs)[copy.to(others.device)]  # (P, L)
+            own = rows.values(outputs, copy, row)  # (P,)
+            rivals = [rows.retarget(other).values(outputs, copy, row) for other in others.unbind(1)]
+            theirs = torch.stack(rivals, 1)  # (P, T)
+            logits = rows.logits(outputs)[copy.to(others.device)]  # (P, L)
             return self.difference(
                 own, theirs, logits, others[row.to(others.device)], kept[row.to(others.device)]
             )
@@ -123,7 +128,7 @@ class FinerCAM(CAMAround):
                 f"finercam: {self.inner.name} looks at no class, so there are none to compare; use it by itself, or "
                 "take another base"
             )
-        return maps
+        return [one.masked_fill(alone[:, :, None], torch.nan) for one in maps]
 
     def compared(self, score: Score, x: Tensor) -> tuple[Tensor, Tensor]:
         """The classes with which each row is compared (N, T), and which of them count: its own does not."""
@@ -149,12 +154,7 @@ class FinerCAM(CAMAround):
         others = torch.tensor(tuple(dict.fromkeys(self.against)), device=logits.device).expand(
             len(logits), -1
         )
-        kept = others != target
-        if not kept.any(1).all():
-            raise ModelError(
-                "finercam: against names the explained class alone; name others, or leave it out"
-            )
-        return others, kept
+        return others, others != target
 
     def difference(self, own: Tensor, theirs: Tensor, logits: Tensor, others: Tensor, kept: Tensor) -> Tensor:
         """The values (P,) of pairs whose own class has the value ``own`` (P,) and whose references, ``others`` (P, T),
@@ -227,10 +227,6 @@ class RefineCAM(CAMAround):
     rescale: Annotated[
         bool, Field(description="bring each map to the input's size first, and scale it there once more")
     ] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "scale", self.inner.scale)
 
     def maps(self, score: Score, x: Tensor, layers: Sequence[Layer]) -> Iterable[Tensor]:
         again = self.rescale and len(layers) > 1
