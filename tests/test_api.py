@@ -408,3 +408,15 @@ def test_maps_can_be_trained_through_on_request(x: Tensor, method: str):
 def test_a_method_without_a_graph_says_so(x: Tensor):
     with pytest.raises(ModelError, match="random gives no maps that can be trained through"):
         xcli.explain(seeded(Normed), x, "random", create_graph=True)
+    with pytest.raises(ModelError, match="neither the images nor a weight"):
+        xcli.explain(seeded(Normed).requires_grad_(False), x, "gradcam", create_graph=True)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "fullgrad", "scorecam"])
+def test_images_made_under_inference_mode_are_explained_as_others(x: Tensor, method: str):
+    model = seeded(Normed)
+    expected = xcli.explain(model, x, method).map
+    with torch.inference_mode():
+        frozen_images = x.clone()
+        found = xcli.explain(model, frozen_images, method).map
+    torch.testing.assert_close(found.clone(), expected)

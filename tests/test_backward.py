@@ -130,7 +130,7 @@ def test_memory_that_runs_out_midway_changes_nothing(case, where):
     found = score.folded(x, at, squeezed)
     if handle:
         handle.remove()
-    assert tried[0] == 5
+    assert tried[0] == 4  # one image has no row
     assert score.execution.micro_batch == 2
     agree(found, expected)
 

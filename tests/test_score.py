@@ -270,6 +270,30 @@ def test_gradients_can_be_differentiated_in_turn():
     assert_close((slope * step).sum(), numeric.detach(), rtol=1e-6, atol=1e-8)
 
 
+def test_images_without_a_row_cost_nothing_and_change_nothing():
+    net, x = made(Residual), images(5, 3, 8, 8)
+    rows = {"target": [1, 0, 3], "image": [1, 1, 3]}
+    score, alone = bound(net, x, **rows), bound(net, x[[1, 3]], [1, 0, 3], [0, 0, 1])
+    ran: list[int] = []
+    handle = net.register_forward_pre_hook(lambda _net, inputs: ran.append(len(inputs[0])))
+    values, copy, row = score.on(x.repeat_interleave(2, 0), torch.arange(5).repeat_interleave(2))
+    assert (sum(ran), copy.tolist(), row.tolist()) == (4, [2, 2, 3, 3, 6, 7], [0, 1, 0, 1, 2, 2])
+    assert_close(values, alone(x[[1, 1, 3]])[row])
+    ran.clear()
+    layer = score.layers.find("last")
+    found, expected = score.gradients(x, at=layer), alone.gradients(x[[1, 3]], at=layer)
+    assert sum(ran) == 4  # two each
+    for ours, theirs in zip(
+        [*found.acts, *found.grads, found.values], [*expected.acts, *expected.grads, expected.values]
+    ):
+        assert_close(ours, theirs)
+    folded = score.folded(x, ["stem"], lambda _number, grad, _count: (grad.abs().sum((1, 2, 3)),))
+    other = alone.folded(x[[1, 3]], ["stem"], lambda _number, grad, _count: (grad.abs().sum((1, 2, 3)),))
+    assert_close(folded.grads, other.grads)
+    assert_close(folded.folds[0], other.folds[0])
+    handle.remove()
+
+
 def test_every_unit_of_the_score():
     net, x = made(PooledLinear), images(2, 3, 8, 6)
     logits = net(x).detach()

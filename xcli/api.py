@@ -89,11 +89,17 @@ def explain(
     (torch.Size([2, 16, 16]), [3, 5])
     """
     _refuse_mistakes(model, images, target, score)
+    images = usable(images)
     chosen = method if isinstance(method, Method) else build(method)
     opened = _bound(model, images, target, output, Execution(micro_batch), seed, chosen, train=create_graph)
     with opened as (bound, logits):
         size = None if native else (images.shape[-2], images.shape[-1])
-        bound = replace(bound, forward=None, create_graph=True) if create_graph else bound
+        if create_graph:
+            if not (images.requires_grad or any(p.requires_grad for p in bound.module.parameters())):
+                raise ModelError(
+                    "create_graph: neither the images nor a weight of the model asks for a gradient"
+                )
+            bound = replace(bound, forward=None, create_graph=True)
         found = chosen.explain(bound.scaled(score or chosen.scale), images, size)
         maps = found.map if create_graph else found.map.detach()
         if create_graph and not maps.requires_grad:
@@ -150,6 +156,7 @@ def evaluate(
     (torch.Size([2]), torch.Size([2, 5]))
     """
     _refuse_mistakes(model, images, target, None)
+    images = usable(images)
     chosen = metric if isinstance(metric, Metric) else build_metric(metric)
     wanted = (len(images), *images.shape[2:])
     for name, given in (("maps", maps), ("truth", truth)):
@@ -235,6 +242,14 @@ def _refuse_mistakes(model: nn.Module, images: Tensor, target: object, score: st
         raise ModelError(
             "the model was built under torch.inference_mode(), so it has no gradients; build it outside"
         )
+
+
+def usable(images: Tensor) -> Tensor:
+    """The images, as a tensor that gradients can be taken at."""
+    if not images.is_inference():
+        return images
+    with torch.inference_mode(False):
+        return images.clone()
 
 
 _SURVEYS: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Layers]] = WeakKeyDictionary()

@@ -99,7 +99,15 @@ def differentiated(
         acts, outputs = _graph(score, part, image, names, second=score.create_graph or derive is curvature)
         return _explained(score, acts, outputs, derive, *_served(score, index, row))
 
-    return score.execution.each(run, x, torch.arange(len(x)))
+    return score.execution.each(run, *(needed(score, x) if row is None else (x, torch.arange(len(x)))))
+
+
+def needed(score: Score, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The images that some row is about, and which they are: the others cost nothing."""
+    index = score.image.unique()
+    if len(index) in (0, len(x)):
+        return x, torch.arange(len(x))
+    return x[index.to(x.device)], index
 
 
 def folded(
@@ -124,7 +132,7 @@ def folded(
             pixels, outputs = _graph(score, part, index, (), second=score.create_graph)
             return _rows(score, outputs, differentiate, *score.pairs(index))
 
-    return score.execution.each(run, x, torch.arange(len(x)))
+    return score.execution.each(run, *needed(score, x))
 
 
 def from_forward(score: Score, x: Tensor, names: tuple[str, ...]) -> Gradients | None:

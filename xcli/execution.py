@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,18 @@ class Execution:
     micro_batch: int = 64
     precision: torch.dtype | None = None
     keep_graphs: bool = True
+    parts: dict[int, Execution] = field(default_factory=dict, repr=False)
+
+    def part(self, inputs: Tensor) -> Execution:
+        """How passes of a part of the network run, which takes ``inputs`` (B, ...): remembered by their size.
+
+        A pass of a part costs less than one of the whole, so more go at once, until a call's own cost no longer
+        counts: 16 MB of them on the CPU, whose caches are small (and glibc hands buffers above 32 MB back), else 512.
+        """
+        size = max(1, inputs[0].numel() * inputs.element_size())
+        budget = 2**24 if inputs.device.type == "cpu" else 2**29
+        more = max(self.micro_batch, budget // size)
+        return self.parts.setdefault(size, replace(self, micro_batch=more, parts={}))
 
     def run(self, module: Callable[..., Any], *inputs: Tensor) -> Any:
         """``module(*inputs)``, under autocast where a precision is set."""
@@ -41,7 +53,7 @@ class Execution:
         Raises:
             MemoryExhausted: a single input does not fit.
         """
-        parts: list[tuple[Tensor, ...]] = []
+        joined: list[_Joined] = []
         start, total = 0, len(batched[0])
         while start < total:
             size = min(self.micro_batch, total - start)
@@ -50,9 +62,11 @@ class Execution:
             if done is None:
                 self.halve(size)
             else:
-                parts.append(done)
+                joined = joined or [_Joined(-(-total // size)) for _ in done]
+                for one, tensor in zip(joined, done, strict=True):
+                    one.add(tensor)
                 start += size
-        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return tuple(one.whole() for one in joined)
 
     def attempt(self, fn: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...] | None:
         """``fn()``, or ``None`` where memory ran out; by then the tensors of the failed pass are free again."""
@@ -72,6 +86,29 @@ class Execution:
                 "out of memory with a single input; use a smaller input size or another device"
             )
         self.micro_batch = max(1, size // 2)
+
+
+class _Joined:
+    """Tensors put together along dimension 0. Bare numbers are written into one buffer as they come: small tensors
+    kept from each of many passes lie between the large ones of these, whose memory then cannot be used again."""
+
+    def __init__(self, expected: int) -> None:
+        self.expected, self.parts, self.length = expected, list[Tensor](), 0
+
+    def add(self, part: Tensor) -> None:
+        if part.ndim != 1 or part.requires_grad:
+            self.parts.append(part)
+            return
+        end = self.length + len(part)
+        if not self.parts or end > len(self.parts[0]):
+            room = part.new_empty(max(end, self.expected * len(part), 2 * self.length))
+            room[: self.length] = self.parts[0][: self.length] if self.parts else part[:0]
+            self.parts = [room]
+        self.parts[0][self.length : end] = part
+        self.length = end
+
+    def whole(self) -> Tensor:
+        return self.parts[0][: self.length] if self.length else torch.cat(self.parts)
 
 
 _REFUSALS = (

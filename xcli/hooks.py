@@ -62,7 +62,7 @@ class Elementary(TorchFunctionMode):
 
 
 def _layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -70,14 +70,14 @@ def _layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     axes = tuple(range(-len(normalized_shape), 0))
-    centred = full(x) - full(x).mean(axes, keepdim=True)
+    centred = full(input) - full(input).mean(axes, keepdim=True)
     out = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
     out = out if weight is None else out * weight
-    return (out if bias is None else out + bias).to(x.dtype if weight is None else weight.dtype)
+    return (out if bias is None else out + bias).to(input.dtype if weight is None else weight.dtype)
 
 
-def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
-    return (x / 6 + 0.5).clamp(0, 1)
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    return (input / 6 + 0.5).clamp(0, 1)
 
 
 _ELEMENTARY: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -89,7 +89,7 @@ class Layers:
 
     ``rows`` are in the order of definition, parents before children; ``order`` holds the names of those that ran,
     in the order in which their (last) call ended; ``aliases`` maps other names of a shared module to its first;
-    ``tails`` is what running the network from a layer on has taught (``replay.Prefix``), by the layer's name.
+    ``tails`` is what running the network from a layer on has taught (``prefix.Prefix``), by the layer's name.
     """
 
     rows: tuple[Row, ...]

@@ -27,7 +27,7 @@ from xcli.forward import Forward, require_all
 from xcli.hooks import recording
 from xcli.layers import Layer, Layers
 from xcli.precision import full
-from xcli.replay import Prefix
+from xcli.prefix import Prefix
 from xcli.targets import Reading, Rows, Scale
 
 Kept = TypeVar("Kept")
@@ -100,6 +100,8 @@ class Score:
         return self._taken(row, copy, image), row
 
     def _taken(self, row: Tensor, image: Tensor, source: Tensor) -> Score:
+        if self.prefix is not None:
+            raise ValueError("the inputs of a tail are copies already")
         keys = [self.keys[i] for i in source.tolist()] if len(self.keys) else ()
         rows = self.rows.taken(row, image)
         return replace(self, rows=rows, keys=keys, forward=None, prefix=None, memo={}, scales={})
@@ -135,15 +137,16 @@ class Score:
         Returns (values, copy, row), each (P,): value p is of input ``copy[p]`` for row ``row[p]``.
         """
         copy, row = self.pairs(image)
-        bounds = torch.searchsorted(copy, torch.arange(len(image) + 1))
+        served = copy.unique()  # copies of images without a row cost nothing
+        bounds = torch.cat([torch.searchsorted(copy, served), torch.tensor([len(copy)])])
 
         def score(index: Tensor) -> tuple[Tensor, ...]:
-            first, last = int(bounds[index[0]]), int(bounds[index[-1] + 1])
-            outputs = self.outputs(taken(x, index), image[index])
-            return (self.rows.values(outputs, copy[first:last] - index[0], row[first:last]),)
+            own, pairs = served[index], slice(int(bounds[index[0]]), int(bounds[index[-1] + 1]))
+            outputs = self.outputs(taken(x, own), image[own])
+            return (self.rows.values(outputs, torch.searchsorted(own, copy[pairs]), row[pairs]),)
 
         with torch.inference_mode(not self.create_graph):
-            (values,) = self.execution.each(score, torch.arange(len(image)))
+            (values,) = self.execution.each(score, torch.arange(len(served)))
         return values.clone(), copy, row
 
     def clean(self, x: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ class Score:
         names = [layer.name for layer in at]
         if self.forward is not None and not self.create_graph and self.forward.covers(x, names, graph=False):
             chunks = [tuple(acts[name].detach() for name in names) for acts in self.forward.acts]
-            return tuple(full(torch.cat(tensors)) for tensors in zip(*chunks, strict=True))
+            return tuple(full(joined(tensors)) for tensors in zip(*chunks, strict=True))
 
         def run(part: Tensor) -> tuple[Tensor, ...]:
             with torch.set_grad_enabled(self.create_graph), recording(self.module, names) as kept:
@@ -222,7 +225,8 @@ class Score:
                 "this method gives no maps that can be trained through: it runs the network in parts"
             )
         prefix = Prefix(self.module, at.name, x, self.execution, self.layers.tails)
-        return replace(self, prefix=prefix, forward=None, memo={}, scales={})
+        execution = self.execution.part(prefix.activations())
+        return replace(self, prefix=prefix, execution=execution, forward=None, memo={}, scales={})
 
     # ---- gradients --------------------------------------------------------------------------------------------
 
@@ -289,3 +293,8 @@ class Score:
 def taken(x: Copies, index: Tensor) -> Tensor:
     """The inputs of ``index`` (m,), made now or picked out."""
     return x(index) if callable(x) else x[index.to(x.device)]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors as one; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -76,8 +76,7 @@ class Drawn:
         tag = f"ss-cam {self.sample_number}"
         self.sample_number += 1
         fields = [
-            torch.randn(1, *size[2:], generator=self.score.generator(i, tag), dtype=torch.float64)
-            for i in range(size[0])
+            torch.randn(1, *size[2:], generator=self.score.generator(i, tag)).double() for i in range(size[0])
         ]
         return self.std * torch.stack(fields).expand(size)
 

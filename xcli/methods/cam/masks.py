@@ -61,7 +61,7 @@ class MaskCAM(WeightedCAM):
         def masked(index: Tensor) -> Tensor:
             own, which, turn = image[index], index % channels, index // channels % variations
             masks = self.masks(planes[(own * channels + which).to(x.device)], size)  # (m, 1, H, W)
-            return x[own.to(x.device)] * self.varied(masks, score, own, turn)
+            return x[own.to(x.device)] * self.varied(masks, score, own, turn).to(x.dtype)
 
         values, copy, row = score.on(masked, image)
         table = values.new_zeros(len(score.image), copies)
@@ -151,7 +151,8 @@ class SSCAM(MaskCAM):
     with one field of noise a pixel of the input and sample, and the map of Score-CAM. Unit: that of the activations.
     Source: Wang et al. 2020, SS-CAM, arXiv:2006.14255. Departs: the channels of an image share its S fields, where
     torch-cam draws anew for each; every mean is the same in expectation, and their differences, which are all that
-    the softmax sees, vary less. ``preset: torch-cam`` scales before up-sampling.
+    the softmax sees, vary less. The paper's other variant, noise on the masked image, is left out.
+    ``preset: torch-cam`` scales before up-sampling.
     """
 
     source: ClassVar[str] = "Wang et al. 2020, arXiv:2006.14255"
@@ -172,12 +173,19 @@ class SSCAM(MaskCAM):
     def varied(self, masks: Tensor, score: Score, image: Tensor, turn: Tensor) -> Tensor:
         drawn, place = torch.stack([image, turn], 1).unique(dim=0, return_inverse=True)
         fields = [self._noise(score, int(one), int(sample), masks) for one, sample in drawn]
-        return masks + self.std * torch.stack(fields).to(masks.device)[place.to(masks.device)]
+        return masks + self.std * torch.stack(fields)[place.to(masks.device)]
 
     def _noise(self, score: Score, image: int, sample: int, like: Tensor) -> Tensor:
-        first = int(torch.searchsorted(score.image, image))
-        generator = score.generator(first, f"ss-cam {sample}")
-        return torch.randn(like.shape[1:], generator=generator, dtype=like.dtype)  # (1, H, W)
+        """One field (1, H, W), kept while copies of its image and sample come one after the other."""
+        key = ("ss-cam", image, sample, like.shape[1:], like.dtype)
+        if key not in score.memo:
+            for old in [k for k in score.memo if isinstance(k, tuple) and k[:1] == key[:1] and k[1] < image]:
+                del score.memo[old]
+            first = int(torch.searchsorted(score.image, image))
+            generator = score.generator(first, f"ss-cam {sample}")
+            score.memo[key] = torch.randn(like.shape[1:], generator=generator).to(like)
+        field: Tensor = score.memo[key]
+        return field
 
 
 @method("is-cam")
