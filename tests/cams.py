@@ -199,10 +199,12 @@ def grad_cam_map(
 
 
 def torch_cam_map(peer: Any, case: Case, **options: Any) -> Tensor:
-    """torch-cam's map (N, h, w) of one layer, rectified where that class rectifies, not normalised."""
+    """torch-cam's map (N, h, w) of one layer, neither rectified nor normalised: of a map below zero nothing else is
+    left to compare."""
     with peer(
         case.net, case.layer, input_shape=tuple(case.x.shape[1:]), reshape_transform=case.reshape, **options
     ) as cam:
+        getattr(cam, "base_cam", cam)._relu = False
         outputs = case.net(case.x.clone().requires_grad_())
         (found,) = cam(TARGETS, outputs, normalized=False)
     return found.detach()

@@ -20,6 +20,10 @@ from xcli.methods.base import Attribution, Method
 from xcli.score import Score
 from xcli.targets import ClassRows
 
+NETWORKS = {"shapes-cnn": (64, 48), "shapes-vit": (128, 128)}
+REFUSED = {("cam", "shapes-vit")}
+"""Pairs that cannot be computed exactly, so that a method says so instead of answering."""
+
 IMAGES = 5
 ROWS = ([0, 0, 1, 2, 3, 3, 4], [6, 9, 1, 7, 0, 1, 2])  # image and class of each row: what the scenes show
 

@@ -124,6 +124,8 @@ GRADCAM = ", ".join(
     ]
 )
 
+PRESETS = ", ".join(["paper", *registry.methods()["gradcam"].presets])
+
 EXPECTED = f"""\
 my.yaml:1:46: model.wieghts: unknown key 'wieghts'; known here: source, name, weights, checkpoints, preprocess, \
 categories, output, args; did you mean 'weights'?
@@ -138,7 +140,7 @@ gates, against, runtime, output; did you mean 'methods'?
 my.yaml:9:12: methods[0].name: unknown method; there are {METHODS}; got 'gradcamm'; did you mean 'gradcam'?
 my.yaml:10:21: methods[1].layr: gradcam has no parameter 'layr'; known here: {GRADCAM}; did you mean 'layer'?
 my.yaml:10:41: methods[1].relu: expected true or false; got 1
-my.yaml:10:52: methods[1].preset: gradcam has the presets paper, captum, grad-cam, torch-cam, xplique; got 'capton'; did you mean 'captum'?
+my.yaml:10:52: methods[1].preset: gradcam has the presets {PRESETS}; got 'capton'; did you mean 'captum'?
 my.yaml:11:30: methods[2].layer[0]: expected text; got 1; quote it: '1'
 my.yaml:11:41: methods[2].as: a result's name takes letters, digits, . _ + and -; got 'a/b'
 my.yaml:12:34: methods[3].upsampling: expected one of bilinear, bicubic, nearest; got 'cubic'; did you mean 'bicubic'?

@@ -19,12 +19,7 @@ def method_of(name: str) -> Method:
     return cls(**cls.small)
 
 
-NETWORKS = {"shapes-cnn": (64, 48), "shapes-vit": (128, 128)}
-REFUSED = {("cam", "shapes-vit")}
-"""Pairs that cannot be computed exactly, so that a method says so instead of answering."""
-
-
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module", params=contract.NETWORKS)
 def network(request):
     net = nets.load(request.param).double().eval()
     net.known_as = request.param
@@ -35,9 +30,9 @@ def test_the_table_is_not_empty():
     assert {"gradcam", "hirescam", "layercam", "eigencam", "random"} <= set(methods())
 
 
-@pytest.mark.parametrize(("name", "network"), sorted(REFUSED), indirect=["network"])
+@pytest.mark.parametrize(("name", "network"), sorted(contract.REFUSED), indirect=["network"])
 def test_a_method_refuses_what_it_cannot_compute_and_leaves_the_network_as_found(name, network):
-    x = contract.pictures(NETWORKS[network.known_as])
+    x = contract.pictures(contract.NETWORKS[network.known_as])
     with frozen(network):
         before = contract.snapshot(network)
         with pytest.raises(ModelError, match=f"{name}: .*; "):
@@ -48,11 +43,16 @@ def test_a_method_refuses_what_it_cannot_compute_and_leaves_the_network_as_found
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
 @pytest.mark.parametrize(
     ("name", "network"),
-    [(name, net) for name in sorted(methods()) for net in NETWORKS if (name, net) not in REFUSED],
+    [
+        (name, net)
+        for name in sorted(methods())
+        for net in contract.NETWORKS
+        if (name, net) not in contract.REFUSED
+    ],
     indirect=["network"],
 )
 def test_every_method_keeps_every_promise(name, promise, network):
-    x = contract.pictures(NETWORKS[network.known_as])
+    x = contract.pictures(contract.NETWORKS[network.known_as])
     if promise is contract.the_network_is_left_as_found:
         promise(method_of(name), network, x)
         network.eval()

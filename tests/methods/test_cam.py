@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -22,6 +23,7 @@ from xcli.demo import nets
 from xcli.errors import ModelError
 from xcli.forward import Forward
 from xcli.hooks import frozen
+from xcli.methods.base import resized
 from xcli.methods.cam.base import VIEWS, fused, scaled, seen
 from xcli.methods.cam.gradient import GradCAM, HiResCAM, LayerCAM
 from xcli.methods.cam.spectra import first_component
@@ -213,6 +215,40 @@ def test_the_default_layer_of_a_transformer_is_one_that_gets_gradients():
     net, x = made(Tokens), images(2, 3, 16, 16)
     assert bound(net, x, [1, 3]).layers.default.name == "norm1"
     assert GradCAM(relu=False).attribute(bound(net, x, [1, 3]), x).abs().amax((1, 2)).min() > 0
+
+
+def test_a_map_keeps_its_scale_which_grad_cam_takes_off():
+    """Twice the evidence is twice the map; a package that scales every map to [0, 1] shows both alike."""
+    case, rows = cams.case("resnet18"), {"target": [1, 7], "image": [0, 1]}
+    louder = copy.deepcopy(case.net)
+    louder.fc.weight.data[1] *= 2
+    maps = [
+        GradCAM(layer="layer4").attribute(bound(net, case.x[:2], **rows), case.x[:2])
+        for net in (case.net, louder)
+    ]
+    assert maps[0].amax((1, 2)).min() > 0
+    assert_close(maps[1], maps[0] * torch.tensor([2.0, 1.0]).double()[:, None, None])
+    goals = [ClassifierOutputTarget(target) for target in rows["target"]]
+    peers = []
+    for net in (case.net, louder):
+        with grad_cam.GradCAM(net, [net.layer4]) as cam:
+            peers.append(torch.from_numpy(cam(case.x[:2], goals)))
+    assert_close(*peers)
+
+
+def test_the_order_of_scaling_and_resizing_changes_what_grad_cam_fuses_and_ours_is_said():
+    """T1: each layer's map scaled on its own grid and then grown is not the map grown and then scaled."""
+    case = cams.case("resnet18")
+    layers, size = [case.layer, case.others[0]], tuple(case.x.shape[2:])
+    signed = [GradCAM(layer=layer).attribute(case.score, case.x) for layer in layers]
+    before = torch.stack([resized(scaled(one, "min-max"), size, "bilinear") for one in signed]).mean(0)
+    after = torch.stack([scaled(resized(one, size, "bilinear"), "min-max") for one in signed]).mean(0)
+    with grad_cam.GradCAM(case.net, case.modules(*layers)) as cam:
+        peer = torch.from_numpy(cam(case.x, GOALS)).double()
+    assert (scaled(after, "min-max") - peer).abs().max() > 0.005
+    assert_close(scaled(before, "min-max"), peer, rtol=0, atol=2e-5)
+    ours = build({"name": "gradcam", "preset": "grad-cam", "layer": layers}).attribute(case.score, case.x)
+    assert_close(ours, before)
 
 
 # ---- views ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import cams
@@ -229,6 +230,17 @@ def test_cam_allows_for_the_precision_of_the_run(dtype):
     exact = ClassActivationMap(layer="layer4").attribute(case.score, case.x)
     error = 1e-4 if dtype == torch.float32 else 0.05
     assert_close(found.double(), exact, rtol=0, atol=error * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "layer"), [("densenet121", "features"), ("vgg11_bn", None)])
+@pytest.mark.parametrize("image", [0, 1, 2])
+def test_a_lower_precision_makes_no_map_where_there_is_none(name, layer, image):
+    case = at(name, layer or cams.case(name).layer)
+    net, x = copy.deepcopy(case.net).float(), case.x[image : image + 1].float()
+    score = bound(net, x, [cams.TARGETS[image]])
+    score = replace(score, execution=Execution(2, precision=torch.bfloat16))
+    with pytest.raises(ModelError, match="cam: the score is no linear function"):
+        ClassActivationMap(layer=case.layer).attribute(score, x)
 
 
 # ---- FEM -----------------------------------------------------------------------------------------------------------
