@@ -59,14 +59,14 @@ def pairs(count: int, photos: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Ten
 def localisation(
     net: nn.Module, method: str, x: Tensor, kinds: Tensor, masks: Tensor, batch: int = 50
 ) -> Localisation:
-    """Explain both objects of every scene with ``method``, each by its class; with ``SHORTER`` options where it has some.
+    """Explain both objects of every scene with ``method``, in ``SHORTER`` form if there is one, each by its class.
 
     Raises:
         ModelError: the method cannot be computed on this network.
     """
-    from xcli.registry import methods
+    from xcli.registry import build
 
-    chosen, size = methods()[method](**SHORTER.get(method, {})), (x.shape[-2], x.shape[-1])
+    chosen, size = build({"name": method, **SHORTER.get(method, {})}), (x.shape[-2], x.shape[-1])
     layers, execution = survey(net, x[:1]), Execution(batch)
     own, other, hits = [], [], []
     with frozen(net):
@@ -108,10 +108,9 @@ def main(
     print(f"{'method':<22}" + f"{'own':>10}{'other':>10}{'pointing':>10}" * len(chosen))
     nets_by_name = {name: nets.load(name) for name in chosen}
     for name in [one for one in methods() if not only or one in only.split(",")]:
-        print(
-            f"{name:<22}" + "".join(line(net, name, x, kinds, masks) for net in nets_by_name.values()),
-            flush=True,
-        )
+        less = "".join(f"  {key}: {value}" for key, value in SHORTER.get(name, {}).items())
+        numbers = "".join(line(net, name, x, kinds, masks) for net in nets_by_name.values())
+        print(f"{name:<22}{numbers}{less}", flush=True)
 
 
 def line(net: nn.Module, name: str, x: Tensor, kinds: Tensor, masks: Tensor) -> str:
