@@ -33,7 +33,9 @@ class AblationCAM(WeightedCAM):
     with y the score and y^(k) the score with channel k of the layer's output set to ``ablated`` everywhere, class
     token included; no gradients. Unit: that of the activations; with ``divide: none``, that of the score times it.
     The network runs once up to the layer, and once a channel from there on, for all rows of an image together.
-    A row whose score is exactly 0 has no relative loss and gets a map that is not finite.
+    A row whose score is exactly 0 has no relative loss and gets a map that is not finite. Where activations have both
+    signs, as tokens after a layer norm, a weight holds the sign of its channel already and the map loses the object:
+    the method is for layers after a ReLU. No ``create_graph``: the network runs in parts.
 
     ``ratio`` below 1 looks at some channels only, and the rest weigh nothing: a channel's overlap is the share of
     its min-max scaled absolute activation that lies where the min-max scaled absolute EigenCAM of the layer exceeds
