@@ -139,7 +139,7 @@ def report(repeats: int) -> None:
     for setting in SETTINGS:
         found = child("--setting", setting, "--repeats", str(repeats))
         speeds = found["images/s"]
-        other = other or speeds["grad-cam"]  # the package sets nothing by itself: it runs in the first setting
+        other = other or speeds["grad-cam"]  # the package runs in the first setting alone
         for name, speed in speeds.items():
             times = f"{speed / other:.1f}"
             print(
