@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cams import BATCH, SIZE, network, pictures
+from cams import BATCH, SIZE, network, pictures, under
 from measure import peak_megabytes, race
 
 PEER_BATCH = 2
@@ -66,18 +66,6 @@ def peer(net: torch.nn.Module, x: Tensor, target: Tensor) -> Callable[[], object
     cam = FullGrad(net, [])
     goals = [ClassifierOutputTarget(int(t)) for t in target]
     return lambda: cam(x, goals)
-
-
-def under(setting: str, undo: ExitStack) -> tuple[torch.nn.Module, Tensor, Tensor, torch.dtype | None]:
-    from xcli import tuning
-
-    net, (x, target) = network(), pictures()
-    if "kept" in setting:
-        tuning.keep_freed_memory()
-    if "channels-last" in setting:
-        undo.enter_context(tuning.channels_last(net))
-        x = x.contiguous(memory_format=torch.channels_last)
-    return net, x, target, torch.bfloat16 if "bfloat16" in setting else None
 
 
 def timed(setting: str, repeats: int) -> dict[str, object]:
