@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-import cams
+import gradcams
 from measure import peak_megabytes, race
 
 METHODS = ("eigencam", "fem", "kpca-cam")
@@ -38,7 +38,7 @@ def forward(net: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def up(maps: Tensor) -> Tensor:
-    return F.interpolate(maps[:, None].float(), size=(cams.SIZE, cams.SIZE), mode="bilinear")[:, 0]
+    return F.interpolate(maps[:, None].float(), size=(gradcams.SIZE, gradcams.SIZE), mode="bilinear")[:, 0]
 
 
 def eigen_floor(net: torch.nn.Module, x: Tensor) -> Callable[[], Tensor]:
@@ -71,25 +71,25 @@ def peer(net: torch.nn.Module, x: Tensor, target: Tensor, name: str) -> Callable
 
 def timed(setting: str, repeats: int) -> dict[str, object]:
     with ExitStack() as undo:
-        net, x, target, _ = cams.under(setting, undo)
+        net, x, target, _ = gradcams.under(setting, undo)
         contenders: dict[str, Callable[[], object]] = {
             "floor of eigencam, kpca-cam": eigen_floor(net, x),
             "floor of fem": fem_floor(net, x),
         }
-        contenders |= {name: cams.ours(net, x, target, None, name) for name in METHODS}
+        contenders |= {name: gradcams.ours(net, x, target, None, name) for name in METHODS}
         contenders |= {f"grad-cam {name}": peer(net, x, target, name) for name in METHODS}
         found = race(contenders, repeats)
         return {
-            "images/s": {name: cams.BATCH / timing.median for name, timing in found.items()},
+            "images/s": {name: gradcams.BATCH / timing.median for name, timing in found.items()},
             "dropped": sum(timing.dropped for timing in found.values()),
         }
 
 
 def memory(contender: str) -> dict[str, float]:
-    net, (x, target) = cams.network(), cams.pictures()
+    net, (x, target) = gradcams.network(), gradcams.pictures()
     before = peak_megabytes()
     kind, _, name = contender.rpartition(" ")
-    (peer(net, x, target, name) if kind else cams.ours(net, x, target, None, name))()
+    (peer(net, x, target, name) if kind else gradcams.ours(net, x, target, None, name))()
     return {"before": before, "peak": peak_megabytes()}
 
 
@@ -108,12 +108,14 @@ def main() -> None:
 
 
 def report(repeats: int) -> None:
-    print(f"resnet50, batch {cams.BATCH}, {cams.SIZE}x{cams.SIZE}, {torch.get_num_threads()} threads\n")
+    print(
+        f"resnet50, batch {gradcams.BATCH}, {gradcams.SIZE}x{gradcams.SIZE}, {torch.get_num_threads()} threads\n"
+    )
     print(
         f"{'setting':<22}{'method':<12}{'floor':>8}{'ours':>8}{'grad-cam':>10}{'of floor':>10}{'x grad-cam':>12}"
     )
     for setting in SETTINGS:
-        found = cams.child("--setting", setting, "--repeats", str(repeats), file=__file__)
+        found = gradcams.child("--setting", setting, "--repeats", str(repeats), file=__file__)
         speed = found["images/s"]
         for name in METHODS:
             floor = speed["floor of fem" if name == "fem" else "floor of eigencam, kpca-cam"]
@@ -124,7 +126,7 @@ def report(repeats: int) -> None:
         print(f"{'':<22}repeats dropped: {found['dropped']}")
     print(f"\n{'peak memory, MB':<22}{'before':>9}{'peak':>9}")
     for name in (*METHODS, *(f"grad-cam {name}" for name in METHODS)):
-        one = cams.child("--memory", name, file=__file__)
+        one = gradcams.child("--memory", name, file=__file__)
         print(f"{name:<22}{one['before']:>9.0f}{one['peak']:>9.0f}")
 
 

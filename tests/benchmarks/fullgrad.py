@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cams import BATCH, SIZE, network, pictures, under
+from gradcams import BATCH, SIZE, network, pictures, under
 from measure import peak_megabytes, race
 
 PEER_BATCH = 2

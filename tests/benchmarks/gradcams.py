@@ -1,4 +1,4 @@
-"""CAMs on resnet50, batch 16, against the plain-torch floor and grad-cam: ``python tests/benchmarks/cams.py``.
+"""CAMs on resnet50, batch 16, against the plain-torch floor and grad-cam: ``python tests/benchmarks/gradcams.py``.
 
 Each setting runs in a process of its own (kept memory cannot be given back), in which the floor and we take turns.
 The floor is what the definition demands: a forward pass without a graph up to the layer, the tail forward and
