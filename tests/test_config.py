@@ -6,6 +6,7 @@ import datetime
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -117,13 +118,7 @@ output:
 """
 
 METHODS = ", ".join(registry.methods())
-GRADCAM = ", ".join(
-    [
-        "reduce, upsampling, layer, relu, fusion, normalise, fused_at, aug_smooth",
-        "eigen_smooth, sign, as, preset, score",
-    ]
-)
-
+GRADCAM = ", ".join([*(own.name for own in fields(registry.methods()["gradcam"])), "as, preset, score"])
 PRESETS = ", ".join(["paper", *registry.methods()["gradcam"].presets])
 
 EXPECTED = f"""\

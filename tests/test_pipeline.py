@@ -232,18 +232,18 @@ def test_maps_that_are_not_finite_are_counted_and_others_unaffected(
 ):
     from xcli.methods.cam.gradient import GradCAM
 
-    genuine = GradCAM.map
+    genuine = GradCAM.weighted
     base = columns_of(place / "base" / "results.h5")
     limit = float(
         np.median(base["heatmaps/gradcam"][:, 0, 0])
     )  # the corner of a map survives its up-sampling
 
     def broken(self: GradCAM, acts: Tensor, grads: Tensor) -> Tensor:
-        maps = genuine(self, acts, grads)
-        maps[:, 0, 0] = torch.where(maps[:, 0, 0] > limit, torch.nan, maps[:, 0, 0])
-        return maps
+        channels = genuine(self, acts, grads)
+        channels[channels.sum(1)[:, 0, 0] > limit, :, 0, 0] = torch.nan
+        return channels
 
-    monkeypatch.setattr(GradCAM, "map", broken)
+    monkeypatch.setattr(GradCAM, "weighted", broken)
     summary = explain(place / "photos", tmp_path / "run")
     found = columns_of(tmp_path / "run" / "results.h5")
     odd = np.isnan(found["heatmaps/gradcam"]).any((1, 2))
