@@ -225,7 +225,8 @@ def each_row(
     made: list[tuple[Tensor, ...]] = []
     for turn in range(last + 1):
         with torch.enable_grad():  # whatever mode the caller is in
-            picked = values.sum() if last == 0 else values[(turns == turn).to(values.device)].sum()
+            own = (turns == turn).nonzero()[:, 0]  # of a mask a GPU would have to tell the length
+            picked = values.sum() if last == 0 else values[own.to(values.device)].sum()
         made.append(differentiate(picked, keep or turn < last))
     if last == 0:
         return tuple(of_copies(tensor, copy) for tensor in made[0])
