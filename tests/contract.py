@@ -41,7 +41,21 @@ def score_of(
     """Rows (image, target) on the pictures ``x``; keys name the pictures by content, as paths name files."""
     keys = [f"{float(one.sum()):.12e}" for one in x]
     rows = ClassRows(torch.tensor(images), torch.tensor(targets))
-    return Score(net, rows, layers_of(net, tuple(x.shape[1:])), Execution(micro_batch), keys=keys)
+    layers = layers_of(net, tuple(x.shape[1:]))
+    return Score(net, rows, layers, Execution(micro_batch), keys=keys, pictures=Others(x.shape[2:]))
+
+
+class Others(dict):
+    """Whatever folder an option names, it holds these two pictures."""
+
+    def __init__(self, size: torch.Size) -> None:
+        self.size = size
+
+    def __missing__(self, name: str) -> Tensor:
+        return pictures(self.size)[[2, 4]].flip(3) / 2
+
+    def __contains__(self, name: object) -> bool:
+        return True
 
 
 @cache

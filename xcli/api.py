@@ -58,6 +58,7 @@ def explain(
     seed: int = 0,
     micro_batch: int = 64,
     create_graph: bool = False,
+    pictures: Mapping[str, Tensor] | None = None,
 ) -> Explanations:
     """Explain a batch of preprocessed images.
 
@@ -75,6 +76,7 @@ def explain(
         micro_batch: most inputs in one pass; halved where memory runs out.
         create_graph: keep the graph behind the maps, so that a loss over them can be differentiated, by every weight
             that asks for a gradient and by images that do; the model runs in evaluation mode all the same.
+        pictures: for options that name a folder, such as ``baselines``: by that name, preprocessed images (R, C, H, W).
 
     Raises:
         ConfigError: unknown method or option, a class out of range.
@@ -93,6 +95,7 @@ def explain(
     chosen = method if isinstance(method, Method) else build(method)
     opened = _bound(model, images, target, output, Execution(micro_batch), seed, chosen, train=create_graph)
     with opened as (bound, logits):
+        bound = replace(bound, pictures=pictures or {})
         size = None if native else (images.shape[-2], images.shape[-1])
         if create_graph:
             if not (images.requires_grad or any(p.requires_grad for p in bound.module.parameters())):
@@ -130,11 +133,12 @@ def evaluate(
     output: str | None = None,
     seed: int = 0,
     micro_batch: int = 64,
+    pictures: Mapping[str, Tensor] | None = None,
 ) -> Measured:
     """Score the maps of a batch of preprocessed images, one map an image.
 
     Args:
-        model, images, target, output, seed, micro_batch: as for ``explain``.
+        model, images, target, output, seed, micro_batch, pictures: as for ``explain``.
         maps: (B, H, W), from any method, at the images' size.
         metric: a name (``xai metrics`` lists them), a mapping as in the YAML, or one such as ``Deletion(steps=8)``.
         method: what made the maps, for metrics that explain other inputs with it (robustness, randomisation).
@@ -169,6 +173,7 @@ def evaluate(
         bound, _ = undo.enter_context(
             _bound(model, images, target, output, Execution(micro_batch), seed, made)
         )
+        bound = replace(bound, pictures=pictures or {})
         for other in checkpoints:
             undo.enter_context(frozen(other))
         offers: dict[str, Any] = {

@@ -70,11 +70,15 @@ class Removal:
         other = self._whole(x, noise)
         return stand_in
 
+    def whole(self, score: Score, x: Tensor) -> Tensor:
+        """The images (B, C, H, W) with every pixel removed."""
+        return self._whole(x, self._noise(score, x)).expand(x.shape)
+
     def emptied(self, score: Score, x: Tensor) -> Tensor:
         """The score (N,) of each row with every pixel removed; metrics that mean the same share one pass an image."""
 
         def make() -> Tensor:
-            whole = self._whole(x, self._noise(score, x)).expand(x.shape)
+            whole = self.whole(score, x)
             image = score.image.unique()
             return score.on(lambda index: whole[image[index].to(x.device)], image)[0]
 

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from xcli.choices import logit_count, noise
 from xcli.config import Config
 from xcli.images import BadImage, Source, read_image
-from xcli.plan import Plan, dtype_of, explanations, practice, prepared
+from xcli.plan import Plan, dtype_of, explanations, prepared
+from xcli.rectifiers import RECTIFIERS
 from xcli.scoring import practised
 
 
@@ -155,7 +155,7 @@ def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:
     for spec in plan.methods:
         alone = replace(plan, methods=(spec,))
         began = time.perf_counter()
-        ((_, found),) = explanations(alone, practice(alone, x), x)
+        ((_, found),) = explanations(alone, alone.practice(x), x)
         if plan.device.type == "cuda":
             torch.cuda.synchronize(plan.device)
         seconds = time.perf_counter() - began
@@ -166,7 +166,7 @@ def reports(plan: Plan, x: torch.Tensor) -> Iterator[MethodReport]:
 
 def scoring_seconds(plan: Plan, x: torch.Tensor) -> float:
     """What all metrics take on one explanation by every method."""
-    score = practice(plan, x)
+    score = plan.practice(x)
     maps = {label: found.map.detach() for label, found in explanations(plan, score, x)}
     began = time.perf_counter()
     practised(plan, score, x, maps)
@@ -186,14 +186,15 @@ def traps(plan: Plan, x: torch.Tensor, readable: bool) -> Iterator[str]:
         yield f"the model gives {count} logits but {names} class names are known: targets may be named wrongly"
     if plan.config.model.preprocess == "auto" and plan.model.source in ("factory", "exported"):
         yield "the preprocessing is a guess of the factory's; set model.preprocess to what the model was trained with"
-    for label, found in explanations(plan, practice(plan, x), x):
+    for label, found in explanations(plan, plan.practice(x), x):
         grid = found.map.shape[-2:]
         if bool((found.map.flatten(1).amax(1) == found.map.flatten(1).amin(1)).all()):
             yield f"{label}: the map of the first image is flat; for a class that nothing speaks for that is right"
         elif min(grid) < 5:
             yield f"{label}: the map has only {grid[0]}x{grid[1]} cells; a larger input or an earlier layer gives more"
-    smooth = {
-        type(part).__name__ for part in plan.model.module.modules() if isinstance(part, nn.GELU | nn.SiLU)
-    }
-    if smooth and any("rectifiers" in spec.method.needs for spec in plan.methods):
-        yield f"the network uses {', '.join(sorted(smooth))}: rules for ReLU change nothing there"
+    seen = plan.layers.activations
+    rest = sorted(name for name in seen if name not in RECTIFIERS)
+    ruled = ", ".join(spec.label for spec in plan.methods if "rectifiers" in spec.method.needs)
+    if rest and ruled:
+        total, apart = sum(seen.values()), sum(seen[name] for name in rest)
+        yield f"{ruled}: {total - apart} of {total} activations are ReLU; {', '.join(rest)} keep their gradient"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from xcli.complaints import InvalidConfigError, Issue, issues_of
-from xcli.crosschecks import across, gate_issues, unfed, worded
+from xcli.crosschecks import across, gate_issues, unfed, unnamed, worded
 from xcli.entries import MethodSpec, MetricSpec, method_specs, metric_specs
 from xcli.errors import ConfigError
 from xcli.modelsection import ModelSection
@@ -204,7 +204,7 @@ def checked(draft: Draft, name: str) -> Config:
     score = data.get("score", "auto")
     specs, issues = method_specs(given.get("methods", ["gradcam"]), score)
     metrics, more = metric_specs(given.get("metrics", []))
-    issues += [*more, *across(data)]
+    issues += [*more, *across(data), *unnamed(specs)]
     target = data.get("target", "predicted")
     listed = {**data, "target": target if isinstance(target, list) else [target]}
     try:

@@ -95,6 +95,15 @@ def unfed(metrics: Sequence[MetricSpec], sections: Sections) -> list[Issue]:
     ]
 
 
+def unnamed(methods: Sequence[MethodSpec]) -> list[Issue]:
+    """Methods that compare with other pictures and are not told which."""
+    return [
+        Issue(("methods", i), f"{spec.name} compares with other pictures; name their folder by baselines:")
+        for i, spec in enumerate(methods)
+        if "" in spec.method.draws_from()
+    ]
+
+
 def _labels_needed(data: Mapping[str, Any]) -> list[Issue]:
     images, target = _under(data, "images"), data.get("target")
     if images.get("labels", "none") != "none":

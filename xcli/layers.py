@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import takewhile
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from xcli.errors import ModelError
 from xcli.grids import Grid as Grid
 from xcli.hooks import frozen, unfused
+from xcli.rectifiers import Activations
 from xcli.trace import Call, Trace
 
 _NEAREST = 5
@@ -89,13 +90,15 @@ class Layers:
 
     ``rows`` are in the order of definition, parents before children; ``order`` holds the names of those that ran,
     in the order in which their (last) call ended; ``aliases`` maps other names of a shared module to its first;
-    ``tails`` is what running the network from a layer on has taught (``prefix.Prefix``), by the layer's name.
+    ``tails`` is what running the network from a layer on has taught (``prefix.Prefix``), by the layer's name;
+    ``activations`` says how often each kind of activation ran, as module or function (``rectifiers.Activations``).
     """
 
     rows: tuple[Row, ...]
     order: tuple[str, ...]
     aliases: dict[str, str]
     tails: dict[str, tuple[bool, ...]] = field(default_factory=dict, compare=False, repr=False)
+    activations: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def default(self) -> Layer:
@@ -232,10 +235,10 @@ def survey(module: nn.Module, x: Tensor, output: str | None = None) -> Layers:
     trace = Trace(module, x)
     with torch.inference_mode(False), torch.enable_grad(), frozen(module), unfused():
         pixels = x.detach().clone().requires_grad_()
-        with trace:
+        with trace, Activations() as activations:
             outputs = module(pixels.clone())  # a copy: some networks normalise their input in place
         head = trace.differentiate(outputs, output, pixels)
-    return _layers(module, trace.calls, _fit(trace.calls, head))
+    return _layers(module, trace.calls, _fit(trace.calls, head), activations.seen)
 
 
 def _fit(calls: Sequence[Call], head: Call | None) -> list[str]:
@@ -247,7 +250,9 @@ def _fit(calls: Sequence[Call], head: Call | None) -> list[str]:
     return [name for name, share in shares if share is not None and share.item() >= _ALIVE]
 
 
-def _layers(module: nn.Module, calls: Sequence[Call], fit: Sequence[str]) -> Layers:
+def _layers(
+    module: nn.Module, calls: Sequence[Call], fit: Sequence[str], activations: Mapping[str, int]
+) -> Layers:
     last: dict[str, Call] = {}
     for call in calls:
         last.pop(call.name, None)  # so that the order is that of last calls
@@ -264,4 +269,5 @@ def _layers(module: nn.Module, calls: Sequence[Call], fit: Sequence[str]) -> Lay
         for name, part in module.named_modules(remove_duplicate=False)
         if name != names[part]
     }
-    return Layers(tuple(row for row in rows if row.name), tuple(filter(None, last)), aliases)
+    named = tuple(row for row in rows if row.name)
+    return Layers(named, tuple(filter(None, last)), aliases, activations=dict(activations))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xcli import tuning
+from xcli import calibration, references, tuning
 from xcli.choices import (
     chosen_device,
     input_size,
@@ -53,6 +53,7 @@ class Plan:
         classes: class index of each label's text.
         batch_size: images in a batch; a part holds whole batches, so a batch is the same in every run.
         shapes: of one stored map, by the method's label; extras: names of what it adds for each row.
+        pictures: what methods compare with, by the name that their options have for it; digests: SHA-256 of each.
         seconds: what one image took when the plan was made, all methods together.
     """
 
@@ -74,6 +75,8 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     seconds: float = 0.0
+    pictures: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def at(self) -> tuple[str, ...]:
@@ -112,6 +115,8 @@ class Plan:
             "folded": self.folds,
             "channels_last": self.channels_last,
             "preprocess": self.preprocess.describe(),
+            "pictures": dict(self.digests),
+            "steps": {spec.label: list(spec.method.post_process) for spec in self.methods},
         }
 
     def to_input(self, pixels: Tensor) -> Tensor:
@@ -119,6 +124,10 @@ class Plan:
         x = self.preprocess.normalise(pixels, dtype_of(self.config))
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return x.contiguous(memory_format=layout)
+
+    def on_device(self, pixels: Tensor) -> Tensor:
+        """``to_input`` of pixels that are on the host."""
+        return self.to_input(pixels.to(self.device))
 
     def forward(self, x: Tensor) -> Forward:
         """The one pass over a batch that serves the targets and every CAM."""
@@ -128,9 +137,24 @@ class Plan:
 
     def score(self, forward: Forward, rows: ClassRows, keys: Sequence[str]) -> Score:
         """The rows of a batch, bound to the model."""
+        seed = self.config.runtime.seed
         return Score(
-            self.model.module, rows, self.layers, self.execution, self.config.runtime.seed, keys, forward
+            self.model.module,
+            rows,
+            self.layers,
+            self.execution,
+            seed,
+            keys,
+            forward,
+            pictures=self.pictures,
         )
+
+    def practice(self, x: Tensor) -> Score:
+        """The score of the predicted classes of ``x``, with the pass that has run."""
+        forward = self.forward(x)
+        logits = torch.cat([find_logits(found, self.model.output).detach() for found in forward.outputs])
+        rows = resolve([Predicted()], logits, torch.full((len(x),), -1), self.model.output)
+        return self.score(forward, rows, [f"probe {place}" for place in range(len(x))])
 
 
 @contextmanager
@@ -188,7 +212,8 @@ def prepared(
         whole = [*(spec.method.needs for spec in methods), *(m.metric.needs for m in plan.scoring.metrics)]
         if config.runtime.fold and not any("structure" in needs for needs in whole):
             plan = replace(plan, folds=undo.enter_context(tuning.folded(model.module, x, plan.at)))
-        yield tried(plan, x, known)
+        plan = references.with_pictures(plan, known)
+        yield tried(calibration.with_cutoffs(plan, known), x, known)
 
 
 @contextmanager
@@ -250,7 +275,7 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
         torch.cuda.reset_peak_memory_stats(plan.device)
     used = torch.cuda.memory_allocated(plan.device) if cuda else 0
     native = plan.config.output.heatmap.size == "native"
-    score = practice(plan, x)
+    score = plan.practice(x)
     shapes, extras, maps = {}, {}, {}
     for label, found in explanations(plan, score, x):
         stored = found.map if native else resized(found.map, plan.size, "nearest")
@@ -267,14 +292,6 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
         chosen = plan.config.runtime.batch_size
         batch = fitting_batch(plan, used, len(x)) if chosen == "auto" else chosen
     return replace(plan, batch_size=batch, execution=Execution(batch, plan.execution.precision))
-
-
-def practice(plan: Plan, x: Tensor) -> Score:
-    """The score of the predicted class of ``x``, with the pass that has run."""
-    forward = plan.forward(x)
-    logits = torch.cat([find_logits(found, plan.model.output).detach() for found in forward.outputs])
-    rows = resolve([Predicted()], logits, torch.full((len(x),), -1), plan.model.output)
-    return plan.score(forward, rows, ["probe"] * len(x))
 
 
 def explanations(plan: Plan, score: Score, x: Tensor) -> Iterator[tuple[str, Attribution]]:

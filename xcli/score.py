@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from xcli.backward import (
     from_forward,
     gradients,
 )
-from xcli.errors import ModelError
+from xcli.draws import seed_of
+from xcli.errors import ConfigError, ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward, require_all
 from xcli.hooks import recording
@@ -50,6 +51,8 @@ class Score:
         forward: a pass that has already run on the batch, used where it covers what is asked.
         create_graph: keep the graphs of whatever is computed, so that maps can be differentiated in turn, by the
             images and by every weight that asks for a gradient; memory grows with all that is kept.
+        pictures: further images that options name, preprocessed, (R, C, H, W) each.
+        context: what forward passes run in, see ``within``.
     """
 
     module: nn.Module
@@ -60,6 +63,8 @@ class Score:
     keys: Sequence[str] = ()
     forward: Forward | None = None
     create_graph: bool = False
+    pictures: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
     prefix: Prefix | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     scales: dict[Scale, Score] = field(default_factory=dict, repr=False)
@@ -85,6 +90,11 @@ class Score:
         """The same rows seen by another network of the same structure."""
         return replace(self, module=module, forward=None, prefix=None, memo={}, scales={})
 
+    def within(self, context: Callable[[], AbstractContextManager[object]]) -> Score:
+        """The same rows, with every forward pass in a ``context()`` of its own: one that gives operations another
+        backward pass, such as ``rectifiers.Rectified``."""
+        return replace(self, context=context, forward=None, memo={}, scales={})
+
     def reading(self, number: Callable[[Rows, Any, Tensor, Tensor], Tensor]) -> Score:
         """The same rows with another number explained: ``number(rows, outputs, copy, row)``, see ``Reading``."""
         return replace(self, rows=Reading(self.rows, number), memo={}, scales={})
@@ -109,9 +119,26 @@ class Score:
     def generator(self, row: int, tag: str) -> torch.Generator:
         """A fresh CPU generator for one row, seeded by (seed, its image's key, ``tag``): the batch, the order and
         the device never change what it draws. Rows of one image draw the same unless ``tag`` tells them apart."""
-        text = f"{self.seed}\0{self.keys[int(self.image[row])]}\0{tag}"
-        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return torch.Generator().manual_seed(seed_of(self.seed, self.keys[int(self.image[row])], tag))
+
+    def seeds(self, image: Tensor, tag: str) -> Tensor:
+        """(m,) a seed for ``draws``, int64, for each of the images ``image`` (m,), as ``generator`` has one."""
+        return torch.tensor([seed_of(self.seed, self.keys[i], tag) for i in image.tolist()], dtype=torch.long)
+
+    def picture(self, name: str) -> Tensor:
+        """The further images (R, C, H, W) that an option calls ``name``.
+
+        Raises:
+            ConfigError: there are none of that name.
+        """
+        if name not in self.pictures:
+            raise ConfigError(
+                "the option `baselines` has to name the pictures to compare with"
+                if not name
+                else f"{name!r} stands for pictures that were not handed over; pass pictures={{{name!r}: ...}}, a float "
+                "tensor (R, C, H, W), preprocessed as the images are"
+            )
+        return self.pictures[name]
 
     # ---- forward only -----------------------------------------------------------------------------------------
 
@@ -148,6 +175,19 @@ class Score:
         with torch.inference_mode(not self.create_graph):
             (values,) = self.execution.each(score, torch.arange(len(served)))
         return values.clone(), copy, row
+
+    def elsewhere(self, x: Tensor) -> Tensor:
+        """The scores of all rows on inputs (M, C, H, W) that belong to none of the images: (M, N)."""
+        rows = torch.arange(len(self.image))
+
+        def score(index: Tensor) -> tuple[Tensor, ...]:
+            copy = torch.arange(len(index)).repeat_interleave(len(rows))
+            outputs = self.execution.run(self.module, taken(x, index))
+            return (self.rows.values(outputs, copy, rows.repeat(len(index))).unflatten(0, (len(index), -1)),)
+
+        with torch.inference_mode(not self.create_graph):
+            (values,) = self.execution.each(score, torch.arange(len(x)))
+        return values.clone()
 
     def clean(self, x: Tensor) -> Tensor:
         """The scores (N,) of the images ``x`` (B, C, H, W) themselves: from the pass that has already run, else from
@@ -285,9 +325,10 @@ class Score:
 
     def outputs(self, x: Tensor, image: Tensor) -> Any:
         """What the network answers to copies (M, ...) of the images ``image`` (M,), in the precision of the run."""
-        if (prefix := self.prefix) is None:
-            return self.execution.run(self.module, x)
-        return self.execution.run(lambda acts: prefix(acts, image), x)
+        with self.context():
+            if (prefix := self.prefix) is None:
+                return self.execution.run(self.module, x)
+            return self.execution.run(lambda acts: prefix(acts, image), x)
 
 
 def taken(x: Copies, index: Tensor) -> Tensor:

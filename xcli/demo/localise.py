@@ -6,7 +6,7 @@ energy of a map is the sum of its positive part; its share inside a mask says wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ import typer
 from torch import Tensor, nn
 
 from xcli.demo import nets
-from xcli.demo.scenes import PAIRS_SEED, load_photos, scenes
+from xcli.demo.scenes import PAIRS_SEED, Scene, load_photos, scenes
 from xcli.errors import ModelError
 from xcli.execution import Execution
 from xcli.hooks import frozen
@@ -29,8 +29,13 @@ SHORTER: dict[str, dict[str, object]] = {
     "ss-cam": {"samples": 2, "most": 24},
     "is-cam": {"samples": 4, "most": 24},
     "opti-cam": {"steps": 20},
+    "guided-ig": {"steps": 50},
+    "expected-gradients": {"baselines": "other scenes"},
 }
-"""Options for methods that take hours at their defaults; the table says so."""
+"""Options for methods that take hours at their defaults, or need some; the table says so."""
+
+OTHERS = 32
+"""How many further scenes, of one object or two, ``other scenes`` are."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,30 @@ class Localisation:
 def pairs(count: int, photos: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (B, 3, H, W) as model input, kinds (B, 2), masks (B, 2, H, W) of two-object scenes."""
     drawn = list(scenes(count, seed=PAIRS_SEED, objects=(2,), photos=photos))
+    kinds = torch.tensor([scene.kinds for scene in drawn])
+    return as_input(drawn), kinds, torch.from_numpy(np.stack([scene.masks for scene in drawn]))
+
+
+def others(photos: Sequence[np.ndarray]) -> Tensor:
+    """Further scenes as model input, to compare with, (R, 3, H, W)."""
+    return as_input(list(scenes(OTHERS, seed=PAIRS_SEED + 1, objects=(1, 2), photos=photos)))
+
+
+def as_input(drawn: Sequence[Scene]) -> Tensor:
+    """The pictures of scenes, normalised: (B, 3, H, W)."""
     pixels = torch.from_numpy(np.stack([scene.image for scene in drawn])).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (nets.MEAN, nets.STD))
-    kinds = torch.tensor([scene.kinds for scene in drawn])
-    return (pixels - mean) / std, kinds, torch.from_numpy(np.stack([scene.masks for scene in drawn]))
+    return (pixels - mean) / std
 
 
 def localisation(
-    net: nn.Module, method: str, x: Tensor, kinds: Tensor, masks: Tensor, batch: int = 50
+    net: nn.Module,
+    method: str,
+    x: Tensor,
+    kinds: Tensor,
+    masks: Tensor,
+    batch: int = 50,
+    pictures: Mapping[str, Tensor] | None = None,
 ) -> Localisation:
     """Explain both objects of every scene with ``method``, in ``SHORTER`` form if there is one, each by its class.
 
@@ -76,7 +97,9 @@ def localisation(
                 torch.arange(len(part)).repeat_interleave(2), kinds[start : start + batch].flatten()
             )
             keys = [f"scene-{start + index}" for index in range(len(part))]
-            score = Score(net, rows, layers, execution, keys=keys).scaled(chosen.scale)
+            score = Score(net, rows, layers, execution, keys=keys, pictures=pictures or {}).scaled(
+                chosen.scale
+            )
             maps = chosen.explain(score, part, size).map.flatten(1)  # (2 B, H W)
             energy = maps.relu()
             total = energy.sum(1).clamp_min(torch.finfo(energy.dtype).tiny)
@@ -99,7 +122,8 @@ def main(
     from xcli.registry import methods
 
     chosen = models or ["shapes-cnn", "shapes-vit"]
-    x, kinds, masks = pairs(count, load_photos(photos))
+    backgrounds = load_photos(photos)
+    data, beside = pairs(count, backgrounds), {"other scenes": others(backgrounds)}
     print(f"{count} scenes of two objects, each explained by its class: mean of {2 * count} maps")
     print(
         "own, other: share of the map's energy on the object explained, on the other; pointing: highest pixel on it"
@@ -109,14 +133,16 @@ def main(
     nets_by_name = {name: nets.load(name) for name in chosen}
     for name in [one for one in methods() if not only or one in only.split(",")]:
         less = "".join(f"  {key}: {value}" for key, value in SHORTER.get(name, {}).items())
-        numbers = "".join(line(net, name, x, kinds, masks) for net in nets_by_name.values())
+        numbers = "".join(line(net, name, data, beside) for net in nets_by_name.values())
         print(f"{name:<22}{numbers}{less}", flush=True)
 
 
-def line(net: nn.Module, name: str, x: Tensor, kinds: Tensor, masks: Tensor) -> str:
+def line(
+    net: nn.Module, name: str, data: tuple[Tensor, Tensor, Tensor], pictures: Mapping[str, Tensor]
+) -> str:
     """Three numbers of one method on one network, or that it is not defined there."""
     try:
-        found = localisation(net, name, x, kinds, masks)
+        found = localisation(net, name, *data, pictures=pictures)
     except ModelError:
         return f"{'not defined':>30}"
     return f"{found.own:>10.3f}{found.other:>10.3f}{found.pointing:>10.3f}"

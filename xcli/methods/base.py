@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from xcli.layers import Layer, Layers
+from xcli.methods.steps import Step, applied
+from xcli.methods.steps import resized as resized
 from xcli.registry import options
 from xcli.score import Score
 from xcli.targets import Scale
@@ -60,9 +61,25 @@ class Method(ABC):
         Literal["bilinear", "bicubic", "nearest"],
         Field(description="how a map smaller than the input is brought to its size"),
     ] = "bilinear"
+    post_process: Annotated[
+        tuple[Step, ...],
+        Field(
+            description="what becomes of the map once its channels are one, step by step: absolute, positive, "
+            "{smooth: pixels}, {low_pass: cycles}, {resize: mode}"
+        ),
+    ] = ()
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
-        """The layers whose outputs the method uses; most use none."""
+        """The layers whose outputs the method uses; many use none.
+
+        Raises:
+            ModelError: the network has no such layer, or the method cannot be computed on it.
+        """
+        return ()
+
+    def draws_from(self) -> tuple[str, ...]:
+        """Names of the folders of further images that the method explains with, "" for one that is still to be named;
+        most use none."""
         return ()
 
     def pinned(self, layers: Layers, names: Sequence[str] = ()) -> Self:
@@ -77,10 +94,13 @@ class Method(ABC):
         """
 
     def explain(self, score: Score, x: Tensor, size: tuple[int, int] | None = None) -> Attribution:
-        """``attribute``, then channels reduced and the map brought to ``size`` (H, W); ``None`` keeps its grid."""
+        """``attribute``, then channels reduced, the steps of ``post_process``, and the map brought to ``size`` (H, W);
+        ``None`` keeps its grid."""
         found = self.attribute(score, x)
         found = Attribution(found) if isinstance(found, Tensor) else found
-        return Attribution(resized(reduced(found.map, self.reduce), size, self.upsampling), found.extras)
+        maps = reduced(found.map, self.reduce)
+        maps = applied(self.post_process, maps, (x.shape[-2], x.shape[-1]), self.upsampling)
+        return Attribution(resized(maps, size, self.upsampling), found.extras)
 
 
 def reduced(maps: Tensor, how: Reduce) -> Tensor:
@@ -96,15 +116,6 @@ def reduced(maps: Tensor, how: Reduce) -> Tensor:
             return maps.abs().amax(1)
         case "l2":
             return maps.square().sum(1).sqrt()
-
-
-def resized(maps: Tensor, size: tuple[int, int] | None, mode: str) -> Tensor:
-    """Maps (N, h, w) or (N, C, h, w) brought to ``size``; corners are not aligned, as in ``F.interpolate``."""
-    if size is None or maps.shape[-2:] == size:
-        return maps
-    stacked = maps if maps.ndim == 4 else maps[:, None]  # (N, 1, h, w)
-    grown = F.interpolate(stacked, size=size, mode=mode, align_corners=None if mode == "nearest" else False)
-    return grown if maps.ndim == 4 else grown[:, 0]
 
 
 def map_status(maps: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
+from xcli.layers import Layers
 from xcli.methods.base import Method
 from xcli.registry import methods, nearest
 
@@ -29,17 +30,21 @@ class Around:
         BASE = Around(CAM)
         base: Annotated[Spec, BASE, Field(description=..., json_schema_extra=BASE.schema_default)] = "gradcam"
 
-    The options that every ``kind`` has are the outer method's: they cannot be set here, and what a preset of the inner
-    method says of them does not count. The option's value is kept written out, with every option of the inner method's
-    own; ``method`` builds the inner method from it.
+    The options that every ``kind`` (or ``ours``) has are the outer method's: they cannot be set here, and what a
+    preset of the inner method says of them does not count. The option's value is kept written out, with every option
+    of the inner method's own; ``method`` builds the inner method from it.
 
     Attributes:
         kind: what the inner method must be, a class of methods.
         apart: methods of that kind that cannot be used here, each with the reason, behind which the name can stand.
+        ours: the class whose options are the outer method's; ``None``: ``kind``.
+        default: where the option's default is a mapping, for which a field needs ``default_factory``.
     """
 
     kind: type[Any]
     apart: Mapping[str, str] = field(default_factory=dict)
+    ours: type[Any] | None = None
+    default: Spec = ""
 
     def method(self, spec: Spec) -> Any:
         """The inner method, a ``kind``.
@@ -52,7 +57,14 @@ class Around:
 
     def written_out(self, spec: Spec) -> Spec:
         """``spec`` with every key that can be set here, as YAML has them."""
+        return self._plain(*self._parsed(spec))
+
+    def pinned(self, spec: Spec, layers: Layers, names: Sequence[str] = ()) -> Spec:
+        """``spec`` written out, the layers of its method by name (``Method.pinned``)."""
         preset, made = self._parsed(spec)
+        return self._plain(preset, made.pinned(layers, names))
+
+    def _plain(self, preset: str, made: Any) -> Spec:
         own = {f.name: getattr(made, f.name) for f in fields(made) if f.name not in self._ours()}
         plain: dict[str, Any] = json.loads(json.dumps({"name": made.name, "preset": preset, **own}))
         return plain
@@ -66,7 +78,7 @@ class Around:
         }
 
     def _ours(self) -> tuple[str, ...]:
-        return tuple(own.name for own in fields(self.kind))
+        return tuple(own.name for own in fields(self.ours or self.kind))
 
     def _parsed(self, spec: Spec) -> tuple[str, Any]:
         given = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -115,7 +127,7 @@ class Around:
 
     def schema_default(self, schema: dict[str, Any]) -> None:
         """Write the default out in the JSON Schema of the option."""
-        schema["default"] = self.written_out(schema["default"])
+        schema["default"] = self.written_out(schema.get("default", self.default))
 
     def _entry(self, cls: type[Method]) -> dict[str, Any]:
         """The JSON Schema of the long form; of a method that is itself around another, no more than its name."""
