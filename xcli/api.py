@@ -227,7 +227,8 @@ def _bound(
         layers = surveyed(model, images, output)
         at = [layer.name for layer in method.looks_at(layers)] if method is not None else []
         graph = method is not None and "gradients" in method.needs and not train
-        forward = Forward(model, images, at, execution, leaves=at if graph else ())
+        pixels = graph and method is not None and "pixels" in method.needs
+        forward = Forward(model, images, at, execution, leaves=at if graph else (), pixels=pixels)
         logits = torch.cat([find_logits(found, output).detach() for found in forward.outputs])
         rows = _rows(target, logits, output)
         yield Score(model, rows, layers, execution, seed, ContentKeys(images), forward), logits

@@ -141,10 +141,9 @@ def from_forward(score: Score, x: Tensor, names: tuple[str, ...]) -> Gradients |
         return None
     if names not in score.memo:
         parts = []
-        for kept, outputs, bounds in zip(
-            score.forward.acts, score.forward.outputs, itertools.pairwise(score.forward.bounds), strict=True
-        ):
-            acts, pairs = tuple(kept[name] for name in names), score.pairs(torch.arange(*bounds))
+        ran, bounds = score.forward, itertools.pairwise(score.forward.bounds)
+        for own, kept, outputs, span in zip(ran.inputs, ran.acts, ran.outputs, bounds, strict=True):
+            acts, pairs = tuple(kept[name] for name in names) or (own,), score.pairs(torch.arange(*span))
             explained = partial(_explained, score, acts, outputs, gradients, *pairs, keep=True)
             part = score.execution.attempt(explained)
             if part is None:
@@ -153,7 +152,8 @@ def from_forward(score: Score, x: Tensor, names: tuple[str, ...]) -> Gradients |
                 return None
             parts.append(part)
         found = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        score.memo[names] = Gradients(found[: len(names)], found[len(names) : -1], found[-1])
+        count = (len(found) - 1) // 2
+        score.memo[names] = Gradients(found[:count], found[count:-1], found[-1])
     known: Gradients = score.memo[names]
     return known
 

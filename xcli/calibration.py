@@ -67,7 +67,8 @@ def calibrated(method: Method, batches: Sequence[tuple[Score, Tensor]]) -> Metho
     r"""``method`` with each ``low_pass: auto`` of its steps given the cut-off that is best on some images, one after
     the other; further steps count.
 
-    .. math:: \sigma^* = \arg\max_\sigma \mathbb{E}_x\, F(\varphi_\sigma(x)), \quad F = \text{insertion} - \text{deletion}
+    .. math:: \sigma^* = \arg\max_\sigma \mathbb{E}_x\, F(\varphi_\sigma(x)), \qquad
+        F = \text{insertion} - \text{deletion}
 
     with both metrics as they are by default. Source: Muzellec et al. 2023, arXiv:2307.09591. Of equally faithful
     cut-offs the highest is taken; maps that have no faithfulness (not finite) do not count.

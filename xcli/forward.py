@@ -16,10 +16,11 @@ from xcli.hooks import recording
 
 
 class Forward:
-    """One forward pass over a batch, with the outputs of ``layers`` kept and the graph starting at ``leaves``.
+    """One forward pass over a batch, with the outputs of ``layers`` kept and the graph starting at ``leaves``, or with
+    ``pixels`` at the images.
 
     It serves the choice of targets and every gradient method of the run: with targets known, each costs one backward
-    pass of the tail. Where memory does not suffice for the graphs of the whole batch, the outputs alone are kept.
+    pass of what follows. Where memory does not suffice for the graphs of the whole batch, the outputs alone are kept.
     """
 
     def __init__(
@@ -30,45 +31,52 @@ class Forward:
         execution: Execution,
         *,
         leaves: Collection[str] = (),
+        pixels: bool = False,
     ) -> None:
         self.x, self.layers = x, tuple(layers)
         self.leaves: frozenset[str] = frozenset()
+        self.pixels = False
+        self.inputs: list[Tensor] = []
         self.outputs: list[Any] = []
         self.acts: list[dict[str, Tensor]] = []
         self.bounds = [0]
 
-        def run(leaves: Collection[str], part: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad(), recording(module, self.layers, leaves=leaves) as kept:
-                outputs = execution.run(module, part)
+        def run(leaves: Collection[str], pixels: bool, part: Tensor) -> tuple[Tensor, ...]:
+            own = part.detach().requires_grad_(pixels)
+            with torch.set_grad_enabled(pixels), recording(module, self.layers, leaves=leaves) as kept:
+                outputs = execution.run(module, own.clone() if pixels else own)  # it may be changed in place
+            self.inputs.append(own)
             self.acts.append(require_all(kept, self.layers))
             self.outputs.append(outputs)
             self.bounds.append(self.bounds[-1] + len(part))
             return (part[:0],)
 
-        if leaves and execution.keep_graphs:
+        if (leaves or pixels) and execution.keep_graphs:
             parts = x.split(execution.micro_batch)
-            if all(execution.attempt(partial(run, leaves, part)) is not None for part in parts):
-                self.leaves = frozenset(leaves)
+            if all(execution.attempt(partial(run, leaves, pixels, part)) is not None for part in parts):
+                self.leaves, self.pixels = frozenset(leaves), pixels
                 return
             self.drop()
             execution.keep_graphs = False
-        execution.each(partial(run, ()), x)
+        execution.each(partial(run, (), False), x)
 
     def covers(self, x: Tensor, layers: Sequence[str], *, graph: bool) -> bool:
-        """Whether this pass, still held, ran on ``x`` and kept what is asked."""
-        held = bool(self.acts) and x is self.x and (bool(layers) or not graph)
+        """Whether this pass, still held, ran on ``x`` and kept what is asked; the graph of no layer is the images'."""
+        held = bool(self.acts) and x is self.x and (bool(layers) or self.pixels or not graph)
         return held and set(layers) <= (self.leaves if graph else set(self.layers))
 
     def settle(self) -> None:
         """Let the graph go, keep activations and outputs."""
         self.outputs = [tree_map(detached, outputs) for outputs in self.outputs]
         self.acts = [tree_map(detached, acts) for acts in self.acts]
-        self.leaves = frozenset()
+        self.leaves, self.pixels = frozenset(), False
+        self.inputs.clear()
 
     def drop(self) -> None:
         """Let the kept graph go."""
         self.outputs.clear()
         self.acts.clear()
+        self.inputs.clear()
         del self.bounds[1:]
 
 

@@ -133,7 +133,8 @@ class Plan:
         """The one pass over a batch that serves the targets and every CAM."""
         wanted = [spec.method for spec in self.methods if "gradients" in spec.method.needs]
         leaves = {layer.name for method in wanted for layer in method.looks_at(self.layers)}
-        return Forward(self.model.module, x, self.at, self.execution, leaves=leaves)
+        pixels = any("pixels" in method.needs for method in wanted)
+        return Forward(self.model.module, x, self.at, self.execution, leaves=leaves, pixels=pixels)
 
     def score(self, forward: Forward, rows: ClassRows, keys: Sequence[str]) -> Score:
         """The rows of a batch, bound to the model."""

@@ -131,11 +131,11 @@ class Score:
         Raises:
             ConfigError: there are none of that name.
         """
+        if not name:
+            raise ConfigError("the option `baselines` has to name the pictures to compare with")
         if name not in self.pictures:
             raise ConfigError(
-                "the option `baselines` has to name the pictures to compare with"
-                if not name
-                else f"{name!r} stands for pictures that were not handed over; pass pictures={{{name!r}: ...}}, a float "
+                f"{name!r} stands for pictures that were not handed over; pass pictures={{{name!r}: ...}}, a float "
                 "tensor (R, C, H, W), preprocessed as the images are"
             )
         return self.pictures[name]

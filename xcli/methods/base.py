@@ -18,7 +18,7 @@ from xcli.registry import options
 from xcli.score import Score
 from xcli.targets import Scale
 
-Need = Literal["gradients", "layer", "attention", "rectifiers", "structure"]
+Need = Literal["gradients", "pixels", "layer", "attention", "rectifiers", "structure"]
 Reduce = Literal["none", "sum", "mean", "max", "l2"]
 
 OK, FLAT, NOT_FINITE, FAILED = range(4)
@@ -37,10 +37,10 @@ class Method(ABC):
     """One way to say which pixels a score depends on; its fields are its options.
 
     Class attributes say what the pipeline has to know before a run: ``scale``, the number that the paper explains;
-    ``needs``, what must be there (``gradients``, a ``layer`` with a map, ``attention``, a network of ``rectifiers``,
-    the ``structure`` as written: no batch norm folded away); ``cost`` in passes an image; ``source``, the paper;
-    ``presets``, the named definitions of other implementations as option defaults; ``small``, options at which the
-    method runs in milliseconds.
+    ``needs``, what must be there (``gradients``, those at the ``pixels`` of the images themselves, a ``layer`` with a
+    map, ``attention``, a network of ``rectifiers``, the ``structure`` as written: no batch norm folded away); ``cost``
+    in passes an image; ``source``, the paper; ``presets``, the named definitions of other implementations as option
+    defaults; ``small``, options at which the method runs in milliseconds.
     """
 
     name: ClassVar[str]

@@ -49,6 +49,10 @@ class LayerMethod(PixelMethod):
 
     layer: LayerName = INPUT
 
+    def __post_init__(self) -> None:
+        if self.layer == INPUT:
+            object.__setattr__(self, "needs", self.needs | {"pixels"})
+
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
         if self.layer == INPUT:
             return ()

@@ -61,7 +61,7 @@ class NoiseStatistic(PixelMethod):
     ] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "needs", self.inner.needs)
+        object.__setattr__(self, "needs", self.inner.needs - {"pixels"})
         object.__setattr__(self, "scale", self.inner.scale)
 
     @cached_property

@@ -35,6 +35,9 @@ class RectifierMethod(LayerMethod):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients", "rectifiers"})
 
+    def __post_init__(self) -> None:
+        """The pass without the rule is of no use, so nothing of ``LayerMethod`` is asked for."""
+
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
         if not any(name in layers.activations for name in RECTIFIERS):
             there = ", ".join(sorted(layers.activations)) or "none"
