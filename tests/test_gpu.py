@@ -35,16 +35,17 @@ SCENES = Path(__file__).parents[1] / "sample_images" / "scenes"
     ],
 )
 def test_a_gpu_gives_the_maps_of_the_cpu(name, network):
-    """In float64 where a method optimises: it takes the last bits of a gradient for a direction."""
-    dtype = torch.float64 if name == "opti-cam" else torch.float32
+    """In float64 where a method optimises or sorts: it takes the last bits of a gradient for a direction."""
+    dtype = torch.float64 if name in ("opti-cam", "guided-ig") else torch.float32
     x = contract.pictures((128, 128)).to(dtype)
     cls = methods()[name]
     method = cls(**cls.small)
+    told = {"target": [6, 1, 7, 0, 2], "pictures": contract.Others(x.shape[2:])}
     with exact():
         net = nets.load(network).to(dtype)
-        expected = xcli.explain(net, x, method, target=[6, 1, 7, 0, 2])
-        found = xcli.explain(net.cuda(), x.cuda(), method, target=[6, 1, 7, 0, 2])
-        again = xcli.explain(net, x.cuda(), method, target=[6, 1, 7, 0, 2])
+        expected = xcli.explain(net, x, method, **told)
+        found = xcli.explain(net.cuda(), x.cuda(), method, **told)
+        again = xcli.explain(net, x.cuda(), method, **told)
     assert found.map.device.type == "cuda"
     assert_close(found.map.cpu(), expected.map, rtol=1e-4, atol=1e-4 * float(expected.map.abs().max()))
     assert torch.equal(found.map, again.map)

@@ -95,7 +95,7 @@ def explain(
     chosen = method if isinstance(method, Method) else build(method)
     opened = _bound(model, images, target, output, Execution(micro_batch), seed, chosen, train=create_graph)
     with opened as (bound, logits):
-        bound = replace(bound, pictures=pictures or {})
+        bound = replace(bound, pictures={} if pictures is None else pictures)
         size = None if native else (images.shape[-2], images.shape[-1])
         if create_graph:
             if not (images.requires_grad or any(p.requires_grad for p in bound.module.parameters())):
@@ -173,7 +173,7 @@ def evaluate(
         bound, _ = undo.enter_context(
             _bound(model, images, target, output, Execution(micro_batch), seed, made)
         )
-        bound = replace(bound, pictures=pictures or {})
+        bound = replace(bound, pictures={} if pictures is None else pictures)
         for other in checkpoints:
             undo.enter_context(frozen(other))
         offers: dict[str, Any] = {

@@ -27,9 +27,15 @@ def methods(
     from xcli.cli.describe import describe
     from xcli.registry import methods
 
-    describe(methods(), "method", name, as_json, facts)
+    table = dict(sorted(methods().items(), key=lambda item: (family(item[1]), item[0])))
+    describe(table, "method", name, as_json, facts)
 
 
 def facts(cls: type[Method]) -> dict[str, Any]:
     """What is told of a method beside its claim, options and source."""
-    return {"score": cls.scale, "needs": sorted(cls.needs)}
+    return {"family": family(cls), "score": cls.scale, "needs": sorted(cls.needs)}
+
+
+def family(cls: type[Method]) -> str:
+    """The family that a method's file belongs to."""
+    return cls.__module__.split(".")[2]

@@ -29,8 +29,13 @@ SHORTER: dict[str, dict[str, object]] = {
     "ss-cam": {"samples": 2, "most": 24},
     "is-cam": {"samples": 4, "most": 24},
     "opti-cam": {"steps": 20},
-    "guided-ig": {"steps": 50},
-    "expected-gradients": {"baselines": "other scenes"},
+    "integrated-gradients": {"steps": 20},
+    "blur-ig": {"steps": 20},
+    "guided-ig": {"steps": 20},
+    "expected-gradients": {"baselines": "other scenes", "samples": 20},
+    "smoothgrad": {"samples": 20},
+    "squaregrad": {"samples": 20},
+    "vargrad": {"samples": 20},
 }
 """Options for methods that take hours at their defaults, or need some; the table says so."""
 
