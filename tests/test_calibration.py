@@ -302,9 +302,9 @@ def quick():
     """Few cut-offs, short curves, parts of two images; gives the list of what has been calibrated."""
     calls, genuine = [], calibration.calibrated
 
-    def counted(method, batches):
-        calls.append((method.name, sum(len(x) for _, x in batches)))
-        return genuine(method, batches)
+    def counted(method, batches, *rest):
+        calls.append((method.name, [t for score, _ in batches for t in score.rows.target.tolist()]))
+        return genuine(method, batches, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "candidates", lambda _size: FEW)
@@ -353,10 +353,10 @@ def read(folder):
 
 def test_a_run_finds_the_cut_off_on_the_predicted_classes_and_writes_it_down(begun):
     folder, calls = begun
-    assert calls == [("saliency", 3)]
     net, others = nets.load("shapes-cnn"), read(folder / "others")
     with torch.no_grad():
         predicted = net(others).argmax(1)
+    assert calls == [("saliency", predicted.tolist())]
     spec = {"name": "saliency", "post_process": ["absolute", AUTO]}
     known, values = by_hand(net, others, predicted, spec, FEW, steps=STEPS)
     below, highest = sorted(values)[-2:]
@@ -429,3 +429,33 @@ def test_without_pictures_to_find_it_on_nothing_is_begun(place, broken):
         explain(place, "run")
     assert calls == []
     assert not (place / "run").exists()
+
+
+def explained(place: Path, *entries: dict[str, object]) -> None:
+    """Run a config with these methods on the pictures of ``place``."""
+    sections = {"model": {"preprocess": SMALL}, "methods": list(entries)}
+    config = load_config(written(place / "run.yaml", plain(place / "photos", place / "run", **sections)))
+    with quick():
+        explain_folder(config, find_images(config.images.paths))
+
+
+def test_the_cut_off_is_found_for_the_number_that_the_entry_explains(place, monkeypatch):
+    seen, genuine = set(), Saliency.attribute
+
+    def attribute(self, score, x):
+        seen.add(score.rows.scale)
+        return genuine(self, score, x)
+
+    monkeypatch.setattr(Saliency, "attribute", attribute)
+    steps = [{"low_pass": "auto", "calibration": str(place / "others")}]
+    explained(place, {"name": "saliency", "score": "probability", "post_process": steps})
+    assert seen == {"probability"}
+
+
+def test_each_step_is_found_on_the_images_that_it_names(place, monkeypatch):
+    names, genuine = [], calibration.read
+    monkeypatch.setattr(calibration, "read", lambda plan, name: names.append(name) or genuine(plan, name))
+    folders = [str(place / "others"), str(place / "others"), str(place / "photos")]
+    steps = [{"low_pass": "auto", "calibration": folder} for folder in folders]
+    explained(place, {"name": "saliency", "post_process": steps})
+    assert names == folders[1:]

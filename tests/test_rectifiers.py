@@ -27,6 +27,7 @@ RELU = {
     "nn.ReLU()": nn.ReLU(),
     "nn.ReLU(True)": nn.ReLU(True),
     "F.relu(x)": F.relu,
+    "aten.relu.default(self=x)": lambda x: ATEN.relu.default(self=x),
     "F.relu(input=x)": lambda x: F.relu(input=x),
     "F.relu(x, inplace=True)": lambda x: F.relu(x, inplace=True),
     "F.relu(x, True)": lambda x: F.relu(x, True),
@@ -45,6 +46,7 @@ RELU6 = {
     "nn.ReLU6()": (nn.ReLU6(), 6.0),
     "nn.ReLU6(True)": (nn.ReLU6(True), 6.0),
     "F.relu6(x)": (F.relu6, 6.0),
+    "aten.hardtanh.default(x, 0)": (lambda x: ATEN.hardtanh.default(x, 0.0), 1.0),
     "F.relu6(x, True)": (lambda x: F.relu6(x, True), 6.0),
     "F.relu6(input=x, inplace=True)": (lambda x: F.relu6(input=x, inplace=True), 6.0),
     "nn.Hardtanh(0, 6)": (nn.Hardtanh(0, 6), 6.0),
@@ -71,7 +73,11 @@ OTHERS = {
     "leaky_relu": [nn.LeakyReLU(), nn.LeakyReLU(0.3, True), F.leaky_relu_],
     "rrelu": [nn.RReLU().eval()],
     "prelu": [lambda x: F.prelu(x, x.new_full((1,), 0.2))],
-    "threshold": [lambda x: torch.threshold(x, 0.1, 0.0)],
+    "threshold": [
+        lambda x: torch.threshold(x, 0.1, 0.0),
+        nn.Threshold(0.1, 0),
+        lambda x: F.threshold(x, 0.1, 0.0, True),
+    ],
     "elu": [nn.ELU(), nn.ELU(inplace=True), F.elu_],
     "selu": [nn.SELU(), nn.SELU(True), torch.selu],
     "celu": [nn.CELU(), nn.CELU(inplace=True), torch.celu_],
@@ -335,7 +341,7 @@ def test_a_rule_sees_the_gradient_the_output_and_where_it_saturates():
 
     z, g = grid()
     for call, top in ((F.relu, float("inf")), (F.relu6, 6.0), (lambda x: F.hardtanh(x, 0, 2.5), 2.5)):
-        out, found = backward(call, z, g, Rectified(noted, output=True))
+        out, found = backward(call, z, g, Rectified(noted))
         assert_close(found, 3 * g, rtol=0, atol=0)
         grad, own, limit = seen.pop()
         assert_close(grad, g, rtol=0, atol=0)
@@ -534,3 +540,54 @@ def test_counting_ends_with_an_exception():
         raise ValueError("stop")
     F.relu(images(2))
     assert found.seen == {"relu": 1}
+
+
+class Clipped(nn.Module):
+    """PyTorch leaves the upper end of 1, the default of a hard tanh, out of an exported program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.clip = nn.Conv2d(3, 4, 3), nn.Hardtanh(0, 1)
+
+    def forward(self, x):
+        return self.clip(5 * self.conv(x)).mean((2, 3))
+
+
+def test_an_exported_hard_tanh_saturates_where_it_did(tmp_path):
+    net, x, g = made(Clipped), images(3, 3, 7, 6), images(3, 4, seed=1)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    loaded = exported(ModelSpec("exported", str(tmp_path / "net.pt2"))).module
+    assert survey(loaded, x).activations == {"relu6": 1}
+    for rule in RULES.values():
+        for found, expected in zip(backward(loaded, x, g, rule()), backward(net, x, g, rule()), strict=True):
+            assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("call", [F.relu6, nn.ReLU6(True), lambda x: F.hardtanh(x, 0, 6)])
+def test_what_a_relu6_gives_can_be_changed_in_place(rule, call):
+    """As PyTorch's own, which keep their input: ``x * F.relu6(x + 3).div_(6)`` is a hard swish."""
+    z, g = grid()
+    found = backward(lambda x: call(x + 3).div_(6), z, g, RULES[rule]())[1]
+    assert_close(found, by_rule(rule, z + 3, g / 6, 6.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", [F.relu, torch.relu_, F.relu6, nn.ReLU6(True)])
+@pytest.mark.parametrize("count", [3, 6])
+def test_rules_work_through_checkpoints(call, count):
+    """They run the forward pass again in the backward pass, where no mode is in force any more."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 6).double().requires_grad_(False) for _ in range(4)]
+    x, g = images(count, 6), images(count, 6, seed=1)
+
+    def block(t):
+        for layer in layers:
+            t = call(layer(t))
+        return t
+
+    expected = backward(block, x, g, DeconvNet().rule())[1]
+    found = backward(lambda t: checkpoint(block, t, use_reentrant=False), x, g, DeconvNet().rule())[1]
+    assert expected.abs().max() > 0
+    assert_close(found, expected, rtol=0, atol=0)

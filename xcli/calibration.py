@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from xcli.execution import Execution
 from xcli.methods.base import Attribution, Method, reduced
 from xcli.methods.steps import applied, low_passed, resized
 from xcli.metrics.faithfulness.deletion import Deletion, Insertion
@@ -35,14 +36,17 @@ def with_cutoffs(plan: Plan, known: Mapping[str, Any]) -> Plan:
         known: ``Plan.resolved`` of the run that goes on, if one does: its cut-offs are taken again.
     """
     before, methods = known.get("steps", {}), []
+    running = replace(plan, execution=Execution(BATCH, plan.execution.precision))
     for spec in plan.methods:
         method = spec.method
-        folders = [step["calibration"] for _, step in open_steps(method)]
-        if folders and spec.label in before:
+        if open_steps(method) and spec.label in before:
             method = replace(method, post_process=tuple(before[spec.label]))
-        elif folders:
-            pictures, _ = read(plan, folders[0])
-            method = calibrated(method, [(plan.practice(part), part) for part in pictures.split(BATCH)])
+        while unknown := open_steps(method):
+            folder = unknown[0][1]["calibration"]
+            parts = read(plan, folder)[0].split(BATCH)
+            # without the pass: its graph would stay for all pictures at once
+            scores = (replace(running.practice(part), forward=None).scaled(spec.scale) for part in parts)
+            method = calibrated(method, list(zip(scores, parts, strict=True)), folder)
         methods.append(replace(spec, method=method))
     return replace(plan, methods=tuple(methods))
 
@@ -63,7 +67,7 @@ def candidates(size: tuple[int, int]) -> list[float]:
     return [*map(float, sorted({step for step in steps if step < everything})), float(everything)]
 
 
-def calibrated(method: Method, batches: Sequence[tuple[Score, Tensor]]) -> Method:
+def calibrated(method: Method, batches: Sequence[tuple[Score, Tensor]], folder: str | None = None) -> Method:
     r"""``method`` with each ``low_pass: auto`` of its steps given the cut-off that is best on some images, one after
     the other; further steps count.
 
@@ -74,9 +78,10 @@ def calibrated(method: Method, batches: Sequence[tuple[Score, Tensor]]) -> Metho
     cut-offs the highest is taken; maps that have no faithfulness (not finite) do not count.
 
     Args:
-        batches: scores in the unit of a logit, with the images (B, C, H, W) that each is about.
+        batches: scores in the unit that is explained, with the images (B, C, H, W) that each is about.
+        folder: go on only as long as the next step names these images; ``None``: whatever it names.
     """
-    while unknown := open_steps(method):
+    while (unknown := open_steps(method)) and folder in (None, unknown[0][1]["calibration"]):
         place = unknown[0][0]
         cutoff: Any = {"low_pass": best(method, place, batches)}
         steps = (*method.post_process[:place], cutoff, *method.post_process[place + 1 :])
@@ -92,7 +97,7 @@ def best(method: Method, place: int, batches: Sequence[tuple[Score, Tensor]]) ->
     cutoffs, found = candidates((batches[0][1].shape[-2], batches[0][1].shape[-1])), list[Tensor]()
     for score, x in batches:
         size = (x.shape[-2], x.shape[-1])
-        raw = method.attribute(score.scaled(method.scale), x)
+        raw = method.attribute(score, x)
         maps = reduced(raw.map if isinstance(raw, Attribution) else raw, method.reduce).detach()
         maps = resized(applied(before, maps, size, method.upsampling), size, method.upsampling)
 

@@ -1,4 +1,5 @@
-"""Random numbers by counting: each is a function of (seed, place) alone, so every device computes the same ones.
+"""Random numbers by counting: each is a function of (seed, place) alone, so every device computes the same ones
+(normal ones up to the rounding of its logarithm and cosine).
 
 PyTorch's generators give other numbers on a GPU than on the CPU, and a field an image drawn on the CPU makes a GPU
 wait. Here a word is its place scrambled with the two halves of its seed, so fields of whole batches come from a few
@@ -35,9 +36,11 @@ def sampled(seed: Tensor, sample: Tensor) -> Tensor:
 
 def words(seed: Tensor, count: int) -> Tensor:
     """The first ``count`` 32-bit words of each seed, int64 (m,): int32, (m, count)."""
-    place = _scrambled(torch.arange(1, count + 1, dtype=torch.int32, device=seed.device) * _SPREAD)
-    found = _scrambled(place ^ _word(seed)[:, None])
-    found ^= _word(seed >> 32)[:, None]
+    high = _word(seed >> 32)
+    low = _scrambled(_word(seed) ^ _scrambled(high ^ _SPREAD))  # so that every bit of the seed counts twice
+    found = _scrambled(torch.arange(1, count + 1, dtype=torch.int32, device=seed.device) * _SPREAD)
+    found = _scrambled(found ^ low[:, None])
+    found ^= high[:, None]
     return _scrambled(found)
 
 

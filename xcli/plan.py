@@ -243,7 +243,8 @@ def pinned(config: Config, index: int, layers: Layers, known: Mapping[str, Seque
     try:
         return replace(spec, method=spec.method.pinned(layers, known.get(spec.label, ())))
     except ModelError as error:
-        raise config.error(("methods", index, "layer"), str(error)) from None
+        where = ("methods", index, "layer") if "layer" in spec.method.needs else ("methods", index)
+        raise config.error(where, str(error)) from None
 
 
 def class_labels(

@@ -2,8 +2,9 @@
 
 A rule for ReLU has to reach ``nn.ReLU`` modules, those used several times, ``F.relu``, ``torch.relu``, ``x.relu_()``
 and the operations of an exported program alike. What they have in common is that PyTorch asks a ``TorchFunctionMode``
-before it runs them. Module hooks see none of the functions and cannot tell the calls of a shared module apart;
-``torch.fx`` has to trace the network first, which many do not allow.
+before it runs them; only functions compiled by ``torch.jit.script`` are out of its sight. Module hooks see none of
+the functions and cannot tell the calls of a shared module apart; ``torch.fx`` has to trace the network first, which
+many do not allow.
 """
 
 from __future__ import annotations
@@ -47,26 +48,24 @@ class Activations(TorchFunctionMode):
 class Rectified(TorchFunctionMode):
     """Gives every ReLU and ReLU6 that runs inside the block the backward pass of ``rule``.
 
-    Values stay what they are; what a network changes in place, it changes in place.
+    Values stay what they are; what a network changes in place, it changes in place. Once ``over`` is set, backward
+    passes through what ran in the block follow the derivative: a loss over maps depends on the values behind them.
     """
 
-    def __init__(self, rule: Rule, *, output: bool) -> None:
-        """``output``: whether the rule looks at the output, which is then kept until the backward pass."""
+    def __init__(self, rule: Rule) -> None:
         super().__init__()
-        self.rule, self.output = rule, output
+        self.rule, self.over = rule, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = _name(func, args, kwargs)
         if name not in RECTIFIERS:
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        top = _argument(args, kwargs, 2, "max_val", 6.0) if name == "relu6" else math.inf
-        if not _in_place(func, args, kwargs):
-            return _Ruled.apply(x, top, self, False)
-        if x._is_view():
-            return x.copy_(_Ruled.apply(x, top, self, False))
-        return _Ruled.apply(x, top, self, True)
+        x = args[0] if args else kwargs["input" if "input" in kwargs else "self"]
+        top = 6.0 if name == "relu6" else math.inf
+        if func.__name__.startswith("hardtanh"):
+            top = _argument(args, kwargs, 2, "max_val", 1.0)
+        return _Ruled.apply(x, top, self, _in_place(func, args, kwargs))
 
 
 class _Ruled(torch.autograd.Function):
@@ -77,22 +76,30 @@ class _Ruled(torch.autograd.Function):
             out.clamp_(max=top)
         if in_place:
             ctx.mark_dirty(x)
-        if mode.output:
-            ctx.save_for_backward(out)
-        ctx.rule, ctx.top, ctx.output = mode.rule, top, mode.output
+        # One tensor, as PyTorch's own rectifiers: a checkpoint runs those, outside the block, in place of these. Its
+        # ReLU6 keeps the input, so that the network may change the output in place.
+        ctx.save_for_backward(out if top == math.inf else out.clone())
+        ctx.mode, ctx.top = mode, top
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        out = ctx.saved_tensors[0] if ctx.output else grad
-        return ctx.rule(grad, out, ctx.top), None, None, None
+        (out,) = ctx.saved_tensors
+        rule = derivative if ctx.mode.over else ctx.mode.rule
+        return rule(grad, out, ctx.top), None, None, None
+
+
+def derivative(grad: Tensor, out: Tensor, top: float) -> Tensor:
+    """The gradient where the unit is neither silent nor saturated."""
+    own: Tensor = torch.ops.aten.threshold_backward(grad, out, 0)
+    return own if top == math.inf else own * (out < top)
 
 
 def _name(func: Any, args: Any, kwargs: Any) -> str:
     """``relu`` of ``F.relu``, ``torch.relu_``, ``Tensor.relu``, ``torch.ops.aten.relu.default``; a hard tanh that
     starts at 0 is a ReLU6."""
-    name = str(getattr(func, "__name__", "")).split(".")[0].rstrip("_")
+    name = str(getattr(func, "__name__", "")).split(".")[0].strip("_")
     if name == "hardtanh" and _argument(args, kwargs, 1, "min_val", -1.0) == 0:
         return "relu6"
     return name

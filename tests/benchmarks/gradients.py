@@ -1,11 +1,12 @@
 """Gradient methods on resnet50 against the plain-torch floor and captum: ``python tests/benchmarks/gradients.py``.
 
-Speeds are inputs a second that go through the network forward and backward. The floor is a gradient at the pixels with
-frozen weights: that of one batch for methods with one gradient; for sums over steps, on ``FEW`` images, that of the
-fastest of ``INNER`` inputs at once, without the two forward passes that integrated gradients need for their error. Each
-setting runs in a process of its own (kept memory cannot be given back), in which the contenders take turns. captum runs
-in the first setting, on a copy of the network; ``of captum`` is over its fastest inner batch, ``of its default`` over
-all steps of all images at once. That takes 12 GB, and runs once, in a process of its own. Memory is measured one
+Speeds are inputs a second that go through the network forward and backward. The floor is a gradient at the pixels
+with frozen weights: that of one batch for methods with one gradient; for sums over steps, on ``FEW`` images, that of
+the fastest of ``INNER`` inputs at once, without the two forward passes that integrated gradients need for their error.
+In the row ``known`` one of these has run already, as it has in the command, which chooses the targets by it. Each
+setting runs in a process of its own (kept memory cannot be given back), in which the contenders take turns. captum
+runs in the first setting, on a copy of the network; ``of captum`` is over its fastest inner batch, ``of its default``
+over all steps of all images at once. That takes 12 GB, and runs once, in a process of its own. Memory is measured one
 contender a process.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from fullgrad import floor
 from gradcams import BATCH, SIZE, child, network, pictures, under
-from measure import peak_megabytes, race, taken_by_others
+from measure import DISTURBED, peak_megabytes, race, taken_by_others
 
 FEW, INNER = 4, (4, 8, 16)
 SETTINGS = ("default", "kept", "kept+channels-last")
@@ -46,9 +47,11 @@ def in_parts(net: nn.Module, x: Tensor, target: Tensor, inner: int) -> Run:
     return lambda: [part() for part in parts]
 
 
-def ours(net: nn.Module, x: Tensor, target: Tensor, name: str, steps: int = 0) -> Run:
-    """One of our methods; of ``steps`` gradients, where it sums them."""
+def ours(net: nn.Module, x: Tensor, target: Tensor, name: str, steps: int = 0, *, known: bool = False) -> Run:
+    """One of our methods; of ``steps`` gradients, where it sums them. ``known``: after the pass that the command
+    chooses the targets by."""
     from xcli.execution import Execution
+    from xcli.forward import Forward
     from xcli.layers import survey
     from xcli.registry import build
     from xcli.score import Score
@@ -56,11 +59,11 @@ def ours(net: nn.Module, x: Tensor, target: Tensor, name: str, steps: int = 0) -
 
     method = build({"name": name, **({SUMS[name]: steps} if steps else {})})
     layers, execution, keys = survey(net, x[:1]), Execution(BATCH), [str(i) for i in range(len(x))]
-    method.looks_at(layers)
+    forward = Forward(net, x, (), execution) if known else None
 
     def run() -> Tensor:
         rows = ClassRows(torch.arange(len(x)), target)
-        score = Score(net, rows, layers, execution, keys=keys)
+        score = Score(net, rows, layers, execution, keys=keys, forward=forward)
         return method.explain(score, x, (SIZE, SIZE)).map
 
     return run
@@ -95,6 +98,10 @@ def contenders(setting: str, steps: int, undo: ExitStack) -> dict[str, tuple[Run
     found = {f"floor, {inner} at once": (in_parts(net, x, target, inner), BATCH) for inner in INNER}
     found |= {name: (ours(net, x, target, name), BATCH) for name in SINGLE}
     found |= {name: (ours(net, *few, name, steps), FEW * steps) for name in SUMS}
+    found["integrated-gradients, known"] = (
+        ours(net, *few, "integrated-gradients", steps, known=True),
+        FEW * steps,
+    )
     if setting == SETTINGS[0]:
         copy = network()
         found |= {f"captum {name}": (peer(copy, x, target, name), BATCH) for name in SINGLE}
@@ -166,7 +173,10 @@ def report(steps: int, repeats: int) -> None:
         f"{'dropped':>9}"
     )
     for name, found in defaults.items():
-        print(f"{'default':<20}{f'captum {name}, {more} steps at once':<42}{found['inputs/s']:>9.2f}")
+        print(
+            f"{'default':<20}{f'captum {name}, {more} steps at once':<42}{found['inputs/s']:>9.2f}{'':>37}"
+            f"{int(found['others'] > DISTURBED):>9}"
+        )
     peers: dict[str, float] = {}
     for setting in SETTINGS:
         found = child("--setting", setting, "--steps", str(steps), "--repeats", str(repeats), file=__file__)

@@ -22,7 +22,6 @@ from xcli.methods.gradient.base import rounds
 from xcli.methods.gradient.noise import Running, SmoothGrad, SquareGrad, VarGrad
 from xcli.methods.gradient.plain import Saliency
 from xcli.registry import build
-from xcli.score import Score
 
 EXACT = {"rtol": 1e-9, "atol": 1e-13}
 STATISTICS = (SmoothGrad, SquareGrad, VarGrad)
@@ -216,10 +215,9 @@ def test_of_a_quadratic_score_the_limits_are_known_and_met_up_to_the_error_of_sa
 
 
 @pytest.mark.parametrize(("kind", "shape"), [(Residual, (6, 5)), (Tokens, (16, 16))])
-def test_with_the_same_noise_squaregrad_is_smoothgrad_squared_plus_vargrad(kind, shape, monkeypatch):
+def test_squaregrad_is_smoothgrad_squared_plus_vargrad_as_they_share_their_noise(kind, shape):
     net, x = made(kind), images(3, 3, *shape)
-    score, seeds = bound(net, x, **ROWS), Score.seeds
-    monkeypatch.setattr(Score, "seeds", lambda own, image, _tag: seeds(own, image, "any"))
+    score = bound(net, x, **ROWS)
     smooth, square, var = [one(samples=5).attribute(score, x).map for one in STATISTICS]
     assert_close(square, smooth**2 + var, **EXACT)
     assert (var > 0).all()
@@ -285,12 +283,12 @@ def test_a_large_mean_does_not_drown_the_variance(micro_batch):
 
 
 @pytest.mark.parametrize("method", STATISTICS)
-def test_noise_is_a_function_of_seed_key_method_and_sample(method):
+def test_noise_is_a_function_of_seed_key_and_sample(method):
     net, x = made(PooledLinear), images(3, 3, 7, 5)
     method, score = method(samples=3, noise=0.4, relative=False), replace(bound(net, x, **ROWS), seed=5)
     noise = with_copies(method, score, x)[1] - x[:, None]
     for image in range(3):
-        seed = torch.tensor([draws.seed_of(5, f"image-{image}", method.name)])
+        seed = torch.tensor([draws.seed_of(5, f"image-{image}", "noise")])
         for sample in range(3):
             field = draws.normal(draws.sampled(seed, torch.tensor([sample])), (3, 7, 5))[0]
             assert_close(noise[image, sample], 0.4 * field.double(), rtol=1e-12, atol=1e-14)
@@ -448,12 +446,12 @@ def test_the_layer_of_the_base_is_looked_at_and_pinned_by_name(method):
         method(base="guided-backprop").pinned(bound(made(Quadratic), images(1, 3, 2, 2), [0]).layers)
 
 
-def test_needs_scale_and_folders_are_those_of_the_base():
+def test_needs_scale_and_folders_are_those_of_the_base(monkeypatch):
     for base in ("saliency", "guided-backprop", "integrated-gradients"):
-        inner = build(base)
-        outer = SmoothGrad(base=base)
-        assert outer.needs == inner.needs - {"pixels"}  # never at the picture itself
-        assert outer.scale == inner.scale
+        assert SmoothGrad(base=base).needs == build(base).needs - {"pixels"}  # never at the picture itself
+    assert SmoothGrad().scale == "logit"
+    monkeypatch.setattr(Saliency, "scale", "probability")
+    assert SmoothGrad().scale == "probability"
     assert "rectifiers" in VarGrad(base="guided-backprop").needs
     expected = {"name": "expected-gradients", "baselines": "photos"}
     assert VarGrad(base=expected).draws_from() == build(expected).draws_from() == ("photos",)

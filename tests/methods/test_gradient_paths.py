@@ -406,16 +406,25 @@ def test_numbers_that_count_alike_and_are_alike_share_alike():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 64])
-@pytest.mark.parametrize("path", PATHS, ids=str)
-def test_the_rows_of_an_image_share_its_passes_and_an_image_without_rows_costs_none(path, micro_batch):
+@pytest.mark.parametrize(
+    ("path", "starts"),
+    [
+        ({"name": "integrated-gradients"}, 1),
+        ({"name": "integrated-gradients", "substrate": "mean"}, 2),
+        (PATHS[1], 2),
+    ],
+    ids=str,
+)
+def test_the_rows_of_an_image_share_its_passes_and_an_image_without_rows_costs_none(
+    path, starts, micro_batch
+):
+    """And where all paths begin at the same picture, one pass there serves all of them."""
     net, x = made(PooledLinear), images(3, 3, 8, 6)
     method = build({**path, "steps": 5})
-    rows = {"target": [0, 1, 2, 4], "image": [0, 0, 0, 2]}
+    score = bound(net, x, [0, 1, 2, 4], [0, 0, 0, 2], micro_batch=micro_batch)
     with Passes(net) as passes:
-        score = bound(net, x, **rows, micro_batch=micro_batch)
-        surveyed = len(passes.inputs)
         method.attribute(score, x)
-    assert sum(passes.sizes[surveyed:]) == 2 * (5 + 2)
+    assert sum(passes.sizes) == 2 * (5 + 1) + starts
     assert max(passes.sizes) <= micro_batch
 
 

@@ -907,3 +907,30 @@ def test_presets_are_those_of_the_outer_method(preset):
 def test_what_belongs_elsewhere_is_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         build({"name": "guided-gradcam", **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "scale"),
+    [
+        (Residual, "input", "logit"),
+        (Residual, "last", "logit"),
+        (Capped, "input", "logit"),
+        (Capped, "last", "logit"),
+        (PooledLinear, "input", "probability"),
+        (ByHand, "input", "probability"),
+    ],
+)
+@pytest.mark.parametrize("name", ["deconvnet", "guided-backprop", "guided-gradcam"])
+def test_maps_that_depend_on_values_behind_a_rectifier_can_be_differentiated(name, kind, layer, scale):
+    """The rule makes the map; what the map depends on changes as the network's own derivative says."""
+    net, x = made(kind), images(2, 3, 8, 7)
+    base = {} if name == "guided-gradcam" else {"layer": layer}
+    score = replace(bound(net, x, [0, 1, 2], [0, 0, 1]), create_graph=True).scaled(scale)
+    x.requires_grad_()
+
+    def loss():
+        return build({"name": name, **base}).explain(score, x).map.square().sum()
+
+    along, expected, found = slopes_of(loss, [x, *net.parameters()])
+    assert found[0].abs().max() > 0
+    assert_close(along, expected, rtol=1e-5, atol=1e-12)

@@ -281,13 +281,16 @@ def test_each_row_has_a_path_of_its_own():
 @pytest.mark.parametrize("micro_batch", [1, 3, 64])
 def test_an_image_without_rows_costs_no_pass_and_micro_batches_change_nothing(micro_batch):
     net, x = made(PooledLinear), images(3, 3, 8, 6)
-    method, rows = GuidedIG(steps=5, distance=0.3, substrate="gaussian"), {"target": [0, 4], "image": [0, 2]}
+    method, rows = (
+        GuidedIG(steps=5, distance=0.3, substrate="gaussian"),
+        {"target": [0, 1, 4], "image": [0, 0, 2]},
+    )
     expected, seen = method.attribute(bound(net, x, **rows), x), []
     score = bound(net, x, **rows, micro_batch=micro_batch)
     handle = net.register_forward_pre_hook(lambda _net, given: seen.append(len(given[0])))
     found = method.attribute(score, x)
     handle.remove()
-    assert sum(seen) == 2 * (5 + 2)
+    assert sum(seen) == 3 * 5 + 2 + 2  # a path a row; both ends once an image
     assert max(seen) <= micro_batch
     assert_close(found.map, expected.map, **EXACT)
 

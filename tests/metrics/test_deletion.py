@@ -180,7 +180,10 @@ def test_both_together_count_their_ends_once():
         Insertion(steps=steps, substrate="constant"),
     ):
         metric.measure(map=maps, x=x, score=score)
-    clean, emptied = len(x), 2 * len(x)  # to zeros and to blur; a pass serves all rows of an image
+    clean, emptied = (
+        len(x),
+        1 + len(x),
+    )  # to zeros, one for all, and to blur; a pass serves all rows of an image
     assert net.seen == clean + emptied + 3 * (steps - 1) * rows
     assert net.passes == 1 + 2 + 3  # every curve is one call
 

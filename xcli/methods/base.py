@@ -115,7 +115,8 @@ def reduced(maps: Tensor, how: Reduce) -> Tensor:
         case "max":
             return maps.abs().amax(1)
         case "l2":
-            return maps.square().sum(1).sqrt()
+            norm: Tensor = torch.linalg.vector_norm(maps, dim=1)  # has a derivative at 0
+            return norm
 
 
 def map_status(maps: Tensor) -> Tensor:

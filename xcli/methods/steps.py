@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class Smooth(TypedDict):
     ]
 
 
-class LowPass(TypedDict, total=False):
+class LowPass(TypedDict):
     """FORGrad's filter (arXiv:2307.09591): frequencies beyond ``low_pass`` cycles go, the others stay as they are.
 
     The frequency of a wave is the number of its periods along the longer side of the map. ``auto``: the cut-off whose
@@ -39,8 +39,8 @@ class LowPass(TypedDict, total=False):
         Annotated[float, Field(gt=0)] | Literal["auto"],
         Field(description="highest frequency kept, periods along the longer side; auto finds the best"),
     ]
-    calibration: Annotated[
-        str, Field(min_length=1, description="for auto: images on which the best cut-off is found")
+    calibration: NotRequired[
+        Annotated[str, Field(min_length=1, description="for auto: images on which the best cut-off is found")]
     ]
 
 
@@ -61,18 +61,22 @@ def _calibrated(step: LowPass) -> LowPass:
     return step
 
 
+KEYS = {"smooth": {"smooth"}, "low_pass": {"low_pass", "calibration"}, "resize": {"resize"}}
+
+
 def _kind(step: Any) -> str | None:
+    """The tag of a step; it is no key of one, so that the places of errors can be told from it."""
     if isinstance(step, str):
-        return "word" if step in ("absolute", "positive") else None
-    keys = [key for key in ("smooth", "low_pass", "resize") if isinstance(step, dict) and key in step]
-    return keys[0] if keys else None
+        return "a word" if step in ("absolute", "positive") else None
+    given = set(step) if isinstance(step, dict) else set()
+    return next((f"a {key}" for key, known in KEYS.items() if key in given and given <= known), None)
 
 
 Step = Annotated[
-    Annotated[Literal["absolute", "positive"], Tag("word")]
-    | Annotated[Smooth, Tag("smooth")]
-    | Annotated[LowPass, AfterValidator(_calibrated), Tag("low_pass")]
-    | Annotated[Resize, Tag("resize")],
+    Annotated[Literal["absolute", "positive"], Tag("a word")]
+    | Annotated[Smooth, Tag("a smooth")]
+    | Annotated[LowPass, AfterValidator(_calibrated), Tag("a low_pass")]
+    | Annotated[Resize, Tag("a resize")],
     Discriminator(
         _kind,
         custom_error_type="step",

@@ -50,8 +50,8 @@ class LayerMethod(PixelMethod):
     layer: LayerName = INPUT
 
     def __post_init__(self) -> None:
-        if self.layer == INPUT:
-            object.__setattr__(self, "needs", self.needs | {"pixels"})
+        own = "pixels" if self.layer == INPUT else "layer"
+        object.__setattr__(self, "needs", self.needs | {own})
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
         if self.layer == INPUT:

@@ -68,7 +68,7 @@ class GuidedIG(PixelMethod, Removal):
             there = there.view_as(here)
             total += (there - here) * grads
             here = there
-        gap = score.clean(x) - own(start)
+        gap = score.clean(x) - self.emptied(score, x)
         return Attribution(total, {"delta": total.sum((1, 2, 3)) - gap})
 
     def moved(self, here: Tensor, grads: Tensor, start: Tensor, end: Tensor, step: int) -> Tensor:

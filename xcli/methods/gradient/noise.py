@@ -34,8 +34,9 @@ class NoiseStatistic(PixelMethod):
 
     s is the share ``noise`` of the range of the image's input (largest minus smallest value), or with ``relative:
     false`` that many units of the normalised input. The noise belongs to the image, the run's seed and the number of
-    the copy: the rows of an image share it, and the first copies do not depend on how many follow. Statistics are
-    taken as copies come, so that memory does not grow with ``samples``. ``extras`` are the means of the base's.
+    the copy: the rows of an image and the three statistics share it, and the first copies do not depend on how many
+    follow. Statistics are taken as copies come, so that memory does not grow with ``samples``. ``extras`` are the
+    means of the base's.
     """
 
     cost: ClassVar[str] = "samples times that of the base: 1 forward + 1 backward for a gradient"
@@ -80,7 +81,7 @@ class NoiseStatistic(PixelMethod):
         return replace(self, base=BASE.pinned(self.base, layers, names))
 
     def attribute(self, score: Score, x: Tensor) -> Attribution:
-        seeds, deviation = score.seeds(torch.arange(len(x)), self.name), self.deviation(x)
+        seeds, deviation = score.seeds(torch.arange(len(x)), "noise"), self.deviation(x)
         running, extras = Running(), dict[str, Tensor]()
         for part in rounds(score, self.samples):
             image = part.image.to(x.device)

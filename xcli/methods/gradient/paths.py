@@ -79,9 +79,14 @@ class PathMethod(PixelMethod):
             weight = weights[part.sample].to(x)[:, None, None, None]
             copy = part.score.image.to(x.device)
             total = total + part.of_rows(grads * (speed * weight)[copy]).sum(1)
-        start, _ = path.at(torch.arange(len(x)), torch.zeros(len(x), dtype=torch.float64))
-        gap = score.clean(x) - score.on(start, torch.arange(len(x)))[0]
+        gap = score.clean(x) - self.outset(score, x)
         return Attribution(total, {"delta": total.sum((1, 2, 3)) - gap})
+
+    def outset(self, score: Score, x: Tensor) -> Tensor:
+        """The score (N,) where each row's path begins."""
+        image = torch.arange(len(x))
+        start, _ = self.path(score, x).at(image, torch.zeros(len(x), dtype=torch.float64))
+        return score.on(start, image)[0]
 
     @abstractmethod
     def path(self, score: Score, x: Tensor) -> Path:
@@ -106,7 +111,7 @@ class Straight(Path):
     def at(self, image: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         image = image.to(self.way.device)
         speed = self.way[image]
-        return self.start[image] + place.to(speed)[:, None, None, None] * speed, speed
+        return place.to(speed)[:, None, None, None] * speed + self.start[image], speed
 
 
 class Sharpening(Path):
@@ -164,6 +169,9 @@ class IntegratedGradients(PathMethod, Removal):
 
     def path(self, score: Score, x: Tensor) -> Path:
         return Straight(self.whole(score, x), x)
+
+    def outset(self, score: Score, x: Tensor) -> Tensor:
+        return self.emptied(score, x)
 
 
 @method("blur-ig")

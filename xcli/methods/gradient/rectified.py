@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, ClassVar, Self
@@ -18,9 +16,9 @@ from xcli.errors import ModelError
 from xcli.layers import Layer, Layers
 from xcli.methods.base import Attribution, Method, Need, resized
 from xcli.methods.cam.base import CAM
-from xcli.methods.gradient.base import LayerMethod, PixelMethod
+from xcli.methods.gradient.base import INPUT, LayerMethod, PixelMethod
 from xcli.methods.nested import Around, Spec
-from xcli.rectifiers import RECTIFIERS, Rectified
+from xcli.rectifiers import RECTIFIERS, Rectified, derivative
 from xcli.registry import method, options
 from xcli.score import Score
 
@@ -36,7 +34,8 @@ class RectifierMethod(LayerMethod):
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients", "rectifiers"})
 
     def __post_init__(self) -> None:
-        """The pass without the rule is of no use, so nothing of ``LayerMethod`` is asked for."""
+        if self.layer != INPUT:  # at the input, the pass without the rule is of no use
+            object.__setattr__(self, "needs", self.needs | {"layer"})
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
         if not any(name in layers.activations for name in RECTIFIERS):
@@ -48,11 +47,13 @@ class RectifierMethod(LayerMethod):
         return super().looks_at(layers)
 
     def attribute(self, score: Score, x: Tensor) -> Tensor:
-        _, grads = self.acts_and_grads(score.within(self.rule), x)
+        rule = self.rule()
+        _, grads = self.acts_and_grads(score.within(lambda: rule), x)
+        rule.over = True
         return grads
 
     @abstractmethod
-    def rule(self) -> AbstractContextManager[object]:
+    def rule(self) -> Rectified:
         """The rule, in force inside the block."""
 
 
@@ -75,8 +76,8 @@ class DeconvNet(RectifierMethod):
         "zennit": {"reduce": "none"},
     }
 
-    def rule(self) -> AbstractContextManager[object]:
-        return Rectified(deconvolved, output=False)
+    def rule(self) -> Rectified:
+        return Rectified(deconvolved)
 
 
 @method("guided-backprop")
@@ -97,8 +98,8 @@ class GuidedBackprop(RectifierMethod):
         "zennit": {"reduce": "none"},
     }
 
-    def rule(self) -> AbstractContextManager[object]:
-        return Rectified(guided, output=True)
+    def rule(self) -> Rectified:
+        return Rectified(guided)
 
 
 def deconvolved(grad: Tensor, out: Tensor, top: float) -> Tensor:
@@ -108,9 +109,8 @@ def deconvolved(grad: Tensor, out: Tensor, top: float) -> Tensor:
 
 def guided(grad: Tensor, out: Tensor, top: float) -> Tensor:
     """The positive part of the gradient where the unit was neither silent nor saturated."""
-    own: Tensor = torch.ops.aten.threshold_backward(grad, out, 0)
-    own = own.relu() if torch.is_grad_enabled() else own.relu_()
-    return own if top == math.inf else own * (out < top)
+    own = derivative(grad, out, top)
+    return own.relu() if torch.is_grad_enabled() else own.relu_()
 
 
 REGION = Around(CAM, ours=Method)

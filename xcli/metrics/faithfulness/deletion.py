@@ -28,7 +28,9 @@ class PixelCurve(Removal, Metric):
     """
 
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
-    cost: ClassVar[str] = "steps - 1 passes; and one an image for each substrate, shared between metrics"
+    cost: ClassVar[str] = (
+        "steps - 1 passes; and one an image for each substrate (one a batch for a constant), shared between metrics"
+    )
     small: ClassVar[Mapping[str, object]] = {"steps": 4}
 
     score: Watched = "probability"

@@ -110,7 +110,9 @@ class Selectivity(Removal, Metric):
 
     direction: ClassVar[Direction] = "lower"
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
-    cost: ClassVar[str] = "patches - 1 passes; and one an image for each substrate, shared between metrics"
+    cost: ClassVar[str] = (
+        "patches - 1 passes; and one an image for each substrate (one a batch for a constant), shared between metrics"
+    )
     source: ClassVar[str] = "Montavon et al. 2018, arXiv:1706.07979"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "quantus": {"score": "probability", "substrate": "minimum", "patch": 8, "area": "sum"}

@@ -38,7 +38,9 @@ class IROF(Removal, Metric):
 
     direction: ClassVar[Direction] = "higher"
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
-    cost: ClassVar[str] = "segments - 1 passes; and one an image for each substrate, shared between metrics"
+    cost: ClassVar[str] = (
+        "segments - 1 passes; and one an image for each substrate (one a batch for a constant), shared between metrics"
+    )
     source: ClassVar[str] = "Rieger and Hansen 2020, arXiv:2003.08747"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"quantus": {"area": "sum", "rows": "all"}}
     small: ClassVar[Mapping[str, object]] = {"segments": 6}
