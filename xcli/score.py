@@ -129,7 +129,7 @@ class Score:
         """The further images (R, C, H, W) that an option calls ``name``.
 
         Raises:
-            ConfigError: there are none of that name.
+            ConfigError: there are none of that name, or they are no pictures.
         """
         if not name:
             raise ConfigError("the option `baselines` has to name the pictures to compare with")
@@ -138,7 +138,11 @@ class Score:
                 f"{name!r} stands for pictures that were not handed over; pass pictures={{{name!r}: ...}}, a float "
                 "tensor (R, C, H, W), preprocessed as the images are"
             )
-        return self.pictures[name]
+        found = self.pictures[name]
+        if not isinstance(found, Tensor) or found.ndim != 4 or not len(found):
+            told = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"pictures[{name!r}]: a float tensor (R, C, H, W) with R > 0; got {told}")
+        return found
 
     # ---- forward only -----------------------------------------------------------------------------------------
 

@@ -356,3 +356,24 @@ def test_the_folder_is_what_the_method_draws_from():
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         build({"name": "expected-gradients", **wrong})
+
+
+@pytest.mark.parametrize(
+    ("pictures", "told"),
+    [
+        (torch.zeros(0, 3, 8, 6), r"pictures\['others'\]: a float tensor .*; got \(0, 3, 8, 6\)"),
+        (torch.zeros(3, 8, 6), r"got \(3, 8, 6\)"),
+        ([[1.0]], "got list"),
+        (torch.zeros(2, 3, 1, 1), r"are \(3, 1, 1\), the images \(3, 8, 6\); they have to be of one size"),
+        (torch.zeros(2, 1, 8, 6), r"are \(1, 8, 6\), the images"),
+    ],
+)
+def test_what_is_no_set_of_pictures_of_the_images_size_is_refused(pictures, told):
+    net, x = made(PooledLinear), images(2, 3, 8, 6)
+    with pytest.raises(ConfigError, match=told):
+        xcli.explain(
+            net,
+            x,
+            {"name": "expected-gradients", "baselines": "others", "samples": 2},
+            pictures={"others": pictures},
+        )

@@ -18,6 +18,8 @@ from toys import PooledLinear, Residual, Tokens, Weighted, bound, images, made
 from zennit.attribution import IntegratedGradients as Zennit
 
 from xcli.baselines import blurred
+from xcli.demo import nets
+from xcli.demo.scenes import scene
 from xcli.errors import ConfigError
 from xcli.methods.gradient.paths import BlurIG, IntegratedGradients, gaussians, quadrature
 from xcli.registry import build
@@ -509,7 +511,7 @@ def literal(net, x, target, sigma, steps, root):
 @pytest.mark.parametrize("sigma", [0.8, 3.0, 20.0])
 def test_blur_ig_in_a_loop_with_scipys_gaussian(sigma, root):
     net, x = made(Residual), images(3, 3, 7, 10)
-    found = BlurIG(sigma=sigma, steps=6, root=root).attribute(bound(net, x, **ROWS), x).map
+    found = BlurIG(sigma=sigma, steps=6, rule="midpoint", root=root).attribute(bound(net, x, **ROWS), x).map
     for row, (target, image) in enumerate(zip(ROWS["target"], ROWS["image"])):
         near(found[row], literal(net, x[image], target, sigma, 6, root), 1e-7)
 
@@ -518,7 +520,7 @@ def test_blur_ig_in_a_loop_with_scipys_gaussian(sigma, root):
 def test_blur_ig_in_a_loop_on_a_large_network(name):
     one = case(name)
     x = one.x[:1]
-    found = BlurIG(sigma=4.0, steps=2).attribute(bound(one.net, x, [1]), x).map
+    found = BlurIG(sigma=4.0, steps=2, rule="midpoint").attribute(bound(one.net, x, [1]), x).map
     near(found[0], literal(one.net, x[0], 1, 4.0, 2, False), 1e-6)
 
 
@@ -540,7 +542,7 @@ def test_the_original_is_the_authors_sum_but_for_their_differences_and_cut():
     score = bound(net, x, [1, 3], [0, 0])
     original = build({"name": "blur-ig", "preset": "original"})
     assert (original.sigma, original.steps, original.rule) == (50.0, 100, "right")
-    found, midpoint = original.attribute(score, x).map, BlurIG(steps=100).attribute(score, x).map
+    found, midpoint = (one.attribute(score, x).map for one in (original, BlurIG(rule="midpoint")))
     for row, target in enumerate((1, 3)):
         near(found[row], authors(net, x[0], target, 50.0, 100), 2e-2)
         fine = authors(net, x[0], target, 50.0, 100, step=1e-6, truncate=9.0)
@@ -553,7 +555,7 @@ def test_the_authors_root_spacing_blurs_by_the_root_of_sigma_alone():
     net, x = made(Tokens), images(1, 3, 16, 16)
     score = bound(net, x, [1])
     theirs = authors(net, x[0], 1, 9.0, 150, root=True)
-    near(BlurIG(sigma=3.0, root=True, steps=150).attribute(score, x).map[0], theirs, 0.06)
+    near(BlurIG(sigma=3.0, root=True, steps=150, rule="midpoint").attribute(score, x).map[0], theirs, 0.06)
     value, three, nine = (net(seen_through(x, s) if s else x)[0, 1].item() for s in (0, 3.0, 9.0))
     assert_close(theirs.sum().item(), value - three, rtol=0.02, atol=0)
     assert abs(theirs.sum() - (value - nine)) > 0.15 * abs(value - nine)
@@ -653,3 +655,18 @@ def test_the_trapezoid_takes_two_steps(name):
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=list(wrong)[1]):
         build(wrong)
+
+
+def test_blur_ig_is_nearly_complete_by_default():
+    """Most of the score changes in the first pixels of blur, where even places lie too far apart."""
+    drawn = [scene(np.random.default_rng((7, i)), objects=1, size=64).image for i in range(4)]
+    x = (torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.25
+    net = nets.load("shapes-cnn").double().eval()
+    score = bound(net, x, net(x).argmax(1).tolist())
+    gap = score(x) - BlurIG().outset(score, x)
+    default, even = (
+        (method.attribute(score, x).extras["delta"].abs() / gap.abs()).mean()
+        for method in (BlurIG(), BlurIG(rule="midpoint"))
+    )
+    assert default < 0.1
+    assert even > 1.5 * default

@@ -356,3 +356,12 @@ def test_defaults_are_those_of_the_authors():
 def test_options_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         build({"name": "guided-ig", **wrong})
+
+
+def test_an_image_that_is_not_finite_has_a_map_that_is_not_and_leaves_the_others_alone():
+    net, x = made(PooledLinear), images(3, 3, 8, 6)
+    expected = GuidedIG(steps=4).attribute(bound(net, x, [0, 1, 2]), x).map
+    x[1, 0, 2, 3] = torch.nan
+    found = GuidedIG(steps=4).attribute(bound(net, x, [0, 1, 2]), x).map
+    assert found[1].isnan().any()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])

@@ -32,7 +32,8 @@ class GuidedIG(PixelMethod, Removal):
     gradients with left ends.
 
     Unit: that of the score. ``extras`` have ``delta``, the map's sum less y(x) - y(x'): the error of a sum of left
-    ends, which falls with 1 / steps. Each row has a path of its own. No graph is kept: the path is a choice.
+    ends, which falls with 1 / steps near the straight line, and more slowly the larger ``distance`` is. Each row has
+    a path of its own. No graph is kept: the path is a choice.
 
     Source: Kapishnikov et al. 2021, arXiv:2106.09788, algorithm 1, with the defaults of the authors' code.
 
@@ -61,7 +62,7 @@ class GuidedIG(PixelMethod, Removal):
         own = score.apart()
         image = score.image.to(x.device)
         start, end = self.whole(score, x)[image], x[image]  # (N, C, H, W)
-        here, total = start.clone(), torch.zeros_like(end)
+        here, total = start.clone(), (end - start) * 0  # what is not finite stays so
         for step in range(1, self.steps + 1):
             (grads,) = own.gradients(here).grads
             there = self.moved(here.flatten(1), grads.flatten(1), start.flatten(1), end.flatten(1), step)
