@@ -30,7 +30,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("demo/__init__", "demo/nets"),
     ("factory", "weights", "sources", "models"),
     ("grids", "trace", "layers"),
-    ("targets", "replay", "prefix", "backward", "score"),
+    ("keys", "targets", "replay", "prefix", "backward", "score"),
     ("multigrid", "imputation", "baselines"),
     ("methods/__init__", "methods/steps", "methods/base", "methods/nested"),
     ("methods/cam/__init__", "methods/cam/spectra", "methods/cam/base"),

@@ -1,4 +1,4 @@
-"""On a GPU: the same maps as on the CPU, the same from run to run, and the whole command. ``pytest -m gpu``."""
+"""On a GPU: the same maps as on the CPU, the same from run to run, and the whole command. ``pytest -n0 -m gpu``."""
 
 from __future__ import annotations
 

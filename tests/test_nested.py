@@ -214,3 +214,11 @@ def test_options_that_name_methods_are_known_by_their_mark():
     assert schema["default"] == Wrapper().inner
     assert schema["description"] == "what"
     assert entry_schema(methods()["finercam"], METHODS)["properties"]["base"]["default"]["name"] == "gradcam"
+
+
+def test_an_option_can_have_another_default_within():
+    around = Around(Method, defaults={"saliency": {"absolute": False}})
+    assert around.method("saliency").absolute is False
+    assert around.method({"name": "saliency", "absolute": True}).absolute is True
+    assert around.written_out("saliency")["absolute"] is False
+    assert Around(Method).method("saliency").absolute is True

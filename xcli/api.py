@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from xcli.errors import ConfigError, ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward
 from xcli.hooks import frozen
+from xcli.keys import ContentKeys
 from xcli.layers import Layers, survey
 from xcli.methods.base import Method, reduced
 from xcli.metrics.base import Measured, Metric, Truth
@@ -225,7 +225,8 @@ def _bound(
         undo.enter_context(exact())
         undo.enter_context(frozen(model, weights=not train))
         layers = surveyed(model, images, output)
-        at = [layer.name for layer in method.looks_at(layers)] if method is not None else []
+        looked_at = method.looks_at(layers) if method is not None else ()
+        at = list(dict.fromkeys(layer.name for layer in looked_at))
         graph = method is not None and "gradients" in method.needs and not train
         pixels = graph and method is not None and "pixels" in method.needs
         forward = Forward(model, images, at, execution, leaves=at if graph else (), pixels=pixels)
@@ -272,20 +273,6 @@ def surveyed(model: nn.Module, images: Tensor, output: str | None) -> Layers:
     if known is None or known[0] != state:
         known = _SURVEYS[model] = (state, survey(model, images[:1], output))
     return known[1]
-
-
-class ContentKeys(Sequence[str]):
-    """A key an image, made from its values when a method first draws random numbers for it."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> Any:
-        content = self.images[index].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(content).hexdigest()
 
 
 def _rows(target: int | Sequence[int] | Tensor | None, logits: Tensor, output: str | None) -> ClassRows:

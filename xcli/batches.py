@@ -151,10 +151,13 @@ def selected(rows: ClassRows, plan: Plan, logits: Tensor, labels: Tensor) -> Cla
 
 
 def add_maps(plan: Plan, result: Result, score: Score, x: Tensor) -> None:
-    """Run the methods; those that explain the same unit share their passes."""
+    """Run the methods, those that use the graph of the first pass first; of one unit they share their passes."""
     stored = None if plan.config.output.heatmap.size == "native" else plan.size
     dtype = torch.float16 if plan.config.output.heatmap.dtype == "float16" else torch.float32
-    for spec in plan.methods:
+    graphs = [spec for spec in plan.methods if plan.uses_graph(spec)]
+    for spec in (*graphs, *(one for one in plan.methods if one not in graphs)):
+        if spec not in graphs and score.forward is not None:
+            score.forward.settle()  # its graph is as large as that of any pass to come
         try:
             found = spec.method.explain(score.scaled(spec.scale), x, stored)
             maps, status = found.map.detach().to(dtype), map_status(found.map.detach().to(dtype))
@@ -167,6 +170,7 @@ def add_maps(plan: Plan, result: Result, score: Score, x: Tensor) -> None:
         result.columns[f"status/{spec.label}"] = status
         for name, values in extras.items():
             result.columns[f"extras/{spec.label}/{name}"] = values
+    result.maps = {spec.label: result.maps[spec.label] for spec in plan.methods}
 
 
 def add_pictures(plan: Plan, result: Result, pixels: Tensor) -> None:

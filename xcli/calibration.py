@@ -28,12 +28,16 @@ BATCH = 16
 FAITHFULNESS = (Insertion(), Deletion())
 """What is better the higher, and what is better the lower."""
 
+PASSES = sum(one.steps - 1 for one in FAITHFULNESS)
+"""Forward passes that both take of one map, but for those that all maps of an image share."""
 
-def with_cutoffs(plan: Plan, known: Mapping[str, Any]) -> Plan:
+
+def with_cutoffs(plan: Plan, known: Mapping[str, Any], *, quick: bool = False) -> Plan:
     """The plan with every ``low_pass: auto`` of its methods found.
 
     Args:
         known: ``Plan.resolved`` of the run that goes on, if one does: its cut-offs are taken again.
+        quick: take the middle one of the candidates, unseen.
     """
     before, methods = known.get("steps", {}), []
     running = replace(plan, execution=Execution(BATCH, plan.execution.precision))
@@ -41,9 +45,14 @@ def with_cutoffs(plan: Plan, known: Mapping[str, Any]) -> Plan:
         method = spec.method
         if open_steps(method) and spec.label in before:
             method = replace(method, post_process=tuple(before[spec.label]))
+        if quick:
+            method = with_step(method, [place for place, _ in open_steps(method)], middle(plan.size))
         while unknown := open_steps(method):
             folder = unknown[0][1]["calibration"]
             parts = read(plan, folder)[0].split(BATCH)
+            LOG.warning(
+                "%s: finding its cut-off on %d pictures of %s", spec.label, sum(map(len, parts)), folder
+            )
             # without the pass: its graph would stay for all pictures at once
             scores = (replace(running.practice(part), forward=None).scaled(spec.scale) for part in parts)
             method = calibrated(method, list(zip(scores, parts, strict=True)), folder)
@@ -83,10 +92,21 @@ def calibrated(method: Method, batches: Sequence[tuple[Score, Tensor]], folder: 
     """
     while (unknown := open_steps(method)) and folder in (None, unknown[0][1]["calibration"]):
         place = unknown[0][0]
-        cutoff: Any = {"low_pass": best(method, place, batches)}
-        steps = (*method.post_process[:place], cutoff, *method.post_process[place + 1 :])
-        method = replace(method, post_process=steps)
+        method = with_step(method, [place], best(method, place, batches))
     return method
+
+
+def with_step(method: Method, places: Sequence[int], cutoff: float) -> Method:
+    """``method`` with that cut-off at some places of its steps."""
+    given: Any = {"low_pass": cutoff}
+    steps = (given if place in places else step for place, step in enumerate(method.post_process))
+    return replace(method, post_process=tuple(steps))
+
+
+def middle(size: tuple[int, int]) -> float:
+    """Some cut-off for maps of ``size``."""
+    found = candidates(size)
+    return found[len(found) // 2]
 
 
 def best(method: Method, place: int, batches: Sequence[tuple[Score, Tensor]]) -> float:
@@ -97,8 +117,7 @@ def best(method: Method, place: int, batches: Sequence[tuple[Score, Tensor]]) ->
     cutoffs, found = candidates((batches[0][1].shape[-2], batches[0][1].shape[-1])), list[Tensor]()
     for score, x in batches:
         size = (x.shape[-2], x.shape[-1])
-        raw = method.attribute(score, x)
-        maps = reduced(raw.map if isinstance(raw, Attribution) else raw, method.reduce).detach()
+        maps = reduced(Attribution.of(method.attribute(score, x)).map, method.reduce).detach()
         maps = resized(applied(before, maps, size, method.upsampling), size, method.upsampling)
 
         def filtered(cutoff: float, maps: Tensor = maps, size: tuple[int, int] = size) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from xcli import calibration
 from xcli.choices import logit_count, noise
 from xcli.config import Config
 from xcli.images import BadImage, Source, read_image
@@ -107,7 +108,7 @@ def checked_up(config: Config, sources: Sequence[Source]) -> Report:
     Raises:
         XaiError: what would stop a run.
     """
-    with prepared(config, sources) as plan:
+    with prepared(config, sources, quick=True) as plan:
         x, readable = first_picture(plan, sources)
         timed = tuple(reports(plan, x))
         scoring = scoring_seconds(plan, x)
@@ -186,6 +187,13 @@ def traps(plan: Plan, x: torch.Tensor, readable: bool) -> Iterator[str]:
         yield f"the model gives {count} logits but {names} class names are known: targets may be named wrongly"
     if plan.config.model.preprocess == "auto" and plan.model.source in ("factory", "exported"):
         yield "the preprocessing is a guess of the factory's; set model.preprocess to what the model was trained with"
+    for spec in plan.config.methods:
+        if calibration.open_steps(spec.method):
+            count = len(calibration.candidates(plan.size))
+            yield (
+                f"{spec.label}: a run first finds its cut-off: {count} candidates, about "
+                f"{calibration.PASSES} passes each, on every picture of its calibration folder (at most 128)"
+            )
     for label, found in explanations(plan, plan.practice(x), x):
         grid = found.map.shape[-2:]
         if bool((found.map.flatten(1).amax(1) == found.map.flatten(1).amin(1)).all()):

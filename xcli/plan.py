@@ -53,6 +53,7 @@ class Plan:
         classes: class index of each label's text.
         batch_size: images in a batch; a part holds whole batches, so a batch is the same in every run.
         shapes: of one stored map, by the method's label; extras: names of what it adds for each row.
+        idle: labels of methods whose maps are there and that no metric makes new ones with.
         pictures: what methods compare with, by the name that their options have for it; digests: SHA-256 of each.
         seconds: what one image took when the plan was made, all methods together.
     """
@@ -77,6 +78,7 @@ class Plan:
     seconds: float = 0.0
     pictures: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     digests: Mapping[str, str] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
 
     @property
     def at(self) -> tuple[str, ...]:
@@ -105,6 +107,11 @@ class Plan:
         """Names of the layers that a method looks at."""
         return tuple(layer.name for layer in spec.method.looks_at(self.layers))
 
+    def uses_graph(self, spec: MethodSpec) -> bool:
+        """Whether a method differentiates the pass that serves the targets."""
+        needs = spec.method.needs
+        return "gradients" in needs and ("pixels" in needs or bool(spec.method.looks_at(self.layers)))
+
     def resolved(self) -> dict[str, Any]:
         """What was decided, as JSON: kept in the record, given back to ``prepared`` when the run goes on."""
         return {
@@ -130,7 +137,7 @@ class Plan:
         return self.to_input(pixels.to(self.device))
 
     def forward(self, x: Tensor) -> Forward:
-        """The one pass over a batch that serves the targets and every CAM."""
+        """The one pass over a batch that serves the targets, every CAM and every gradient at the images."""
         wanted = [spec.method for spec in self.methods if "gradients" in spec.method.needs]
         leaves = {layer.name for method in wanted for layer in method.looks_at(self.layers)}
         pixels = any("pixels" in method.needs for method in wanted)
@@ -164,6 +171,8 @@ def prepared(
     sources: Sequence[Source],
     known: Mapping[str, Any] | None = None,
     pairs: Sequence[Pair] | None = None,
+    *,
+    quick: bool = False,
 ) -> Iterator[Plan]:
     """Load the model, decide what is `auto`, try every method and metric on one image; the model is put back at the
     end.
@@ -171,13 +180,16 @@ def prepared(
     Args:
         sources: the images of the run.
         known: ``Plan.resolved`` of the run that goes on; its choices are taken again.
-        pairs: which metric scores which method; ``None``: all of the config, each by each.
+        pairs: of maps that are there, which metric scores which method; ``None``: all of the config, each by each.
+        quick: for a trial: take some cut-off where one is to be found, see ``calibration``.
 
     Raises:
         ConfigError, ModelError, InputError: what the user has to change before anything can run.
     """
     known = known or {}
     refuse_underflow(config)
+    if pairs is None:
+        references.refuse_missing(config, begun=bool(known))
     with loaded(config) as (model, digest, device), ExitStack() as undo:
         size = tuple(known["size"]) if known else input_size(config, model.preprocess, sources)
         preprocess = model.preprocess.with_size(size)
@@ -213,8 +225,11 @@ def prepared(
         whole = [*(spec.method.needs for spec in methods), *(m.metric.needs for m in plan.scoring.metrics)]
         if config.runtime.fold and not any("structure" in needs for needs in whole):
             plan = replace(plan, folds=undo.enter_context(tuning.folded(model.module, x, plan.at)))
+        if pairs is not None:  # maps are there to be scored
+            busy = {label for label, metric in pairs if "method" in metric.metric.consumes}
+            plan = replace(plan, idle=frozenset(spec.label for spec in methods if spec.label not in busy))
         plan = references.with_pictures(plan, known)
-        yield tried(calibration.with_cutoffs(plan, known), x, known)
+        yield tried(calibration.with_cutoffs(plan, known, quick=quick), x, known)
 
 
 @contextmanager
@@ -279,6 +294,8 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
     native = plan.config.output.heatmap.size == "native"
     score = plan.practice(x)
     shapes, extras, maps = {}, {}, {}
+    for spec in (spec for spec in plan.methods if spec.label in plan.idle):
+        maps[spec.label] = noise(plan.preprocess, plan.size, plan.device, dtype_of(plan.config))[:, 0]
     for label, found in explanations(plan, score, x):
         stored = found.map if native else resized(found.map, plan.size, "nearest")
         shapes[label] = tuple(stored.shape[1:])
@@ -297,8 +314,8 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
 
 
 def explanations(plan: Plan, score: Score, x: Tensor) -> Iterator[tuple[str, Attribution]]:
-    """Each method's raw maps of ``x``."""
-    for spec in plan.methods:
+    """The raw maps of ``x`` by each method that is not idle."""
+    for spec in (spec for spec in plan.methods if spec.label not in plan.idle):
         yield spec.label, spec.method.explain(score.scaled(spec.scale), x)
 
 

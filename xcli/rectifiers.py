@@ -2,9 +2,9 @@
 
 A rule for ReLU has to reach ``nn.ReLU`` modules, those used several times, ``F.relu``, ``torch.relu``, ``x.relu_()``
 and the operations of an exported program alike. What they have in common is that PyTorch asks a ``TorchFunctionMode``
-before it runs them; only functions compiled by ``torch.jit.script`` are out of its sight. Module hooks see none of
-the functions and cannot tell the calls of a shared module apart; ``torch.fx`` has to trace the network first, which
-many do not allow.
+before it runs them; only functions compiled by ``torch.jit.script`` are out of its sight, and a ReLU written as a
+clamp or a maximum is not recognised. Module hooks see none of the functions and cannot tell the calls of a shared
+module apart; ``torch.fx`` has to trace the network first, which many do not allow.
 """
 
 from __future__ import annotations

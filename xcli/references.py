@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from xcli.errors import InputError
 from xcli.images import find_images, stream
 
 if TYPE_CHECKING:
+    from xcli.config import Config
     from xcli.plan import Plan
 
 LOG = logging.getLogger(__name__)
@@ -49,10 +50,30 @@ def read(plan: Plan, name: str) -> tuple[Tensor, str]:
             LOG.warning("%s: %s: left out: %s", name, chosen[row].path, reason)
         if batch.rows:
             digest.update(batch.pixels.numpy().tobytes())
-            found.append(plan.to_input(batch.pixels.to(plan.device)))
+            found.append(plan.on_device(batch.pixels))
     if not found:
         raise InputError(f"{name}: none of its {len(sources)} images can be read")
     return torch.cat(found), digest.hexdigest()
+
+
+def refuse_missing(config: Config, *, begun: bool) -> None:
+    """Before anything is loaded: a folder that a method draws from, or in a run that is not yet begun is calibrated on,
+    has no images.
+
+    Raises:
+        InvalidConfigError: with the method's place in the config.
+    """
+    for index, spec in enumerate(config.methods):
+        for name in (*spec.method.draws_from(), *(() if begun else folders(spec.method.post_process))):
+            try:
+                find_images([name])
+            except InputError as error:
+                raise config.error(("methods", index), str(error)) from None
+
+
+def folders(steps: Sequence[Any]) -> list[str]:
+    """What the steps of ``post_process`` are calibrated on."""
+    return [step["calibration"] for step in steps if isinstance(step, dict) and "calibration" in step]
 
 
 def with_pictures(plan: Plan, known: Mapping[str, Any]) -> Plan:
@@ -64,7 +85,8 @@ def with_pictures(plan: Plan, known: Mapping[str, Any]) -> Plan:
     Raises:
         InputError: some cannot be read, or are others than when the run began.
     """
-    names = dict.fromkeys(name for spec in plan.methods for name in spec.method.draws_from())
+    running = [spec for spec in plan.methods if spec.label not in plan.idle]
+    names = dict.fromkeys(name for spec in running for name in spec.method.draws_from())
     found = {name: read(plan, name) for name in names}
     digests, before = {name: digest for name, (_, digest) in found.items()}, known.get("pictures", {})
     for name, digest in digests.items():

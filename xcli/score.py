@@ -26,6 +26,7 @@ from xcli.errors import ConfigError, ModelError
 from xcli.execution import Execution
 from xcli.forward import Forward, require_all
 from xcli.hooks import recording
+from xcli.keys import CopiedKeys
 from xcli.layers import Layer, Layers
 from xcli.precision import full
 from xcli.prefix import Prefix
@@ -91,8 +92,8 @@ class Score:
         return replace(self, module=module, forward=None, prefix=None, memo={}, scales={})
 
     def within(self, context: Callable[[], AbstractContextManager[object]]) -> Score:
-        """The same rows, with every forward pass in a ``context()`` of its own: one that gives operations another
-        backward pass, such as ``rectifiers.Rectified``."""
+        """The same rows, with every forward pass that is asked for scores or gradients in a ``context()``: one that
+        gives operations another backward pass, such as ``rectifiers.Rectified``, and leaves values as they are."""
         return replace(self, context=context, forward=None, memo={}, scales={})
 
     def reading(self, number: Callable[[Rows, Any, Tensor, Tensor], Tensor]) -> Score:
@@ -112,9 +113,14 @@ class Score:
     def _taken(self, row: Tensor, image: Tensor, source: Tensor) -> Score:
         if self.prefix is not None:
             raise ValueError("the inputs of a tail are copies already")
-        keys = [self.keys[i] for i in source.tolist()] if len(self.keys) else ()
+        keys = CopiedKeys(self.keys, source) if len(self.keys) else ()
         rows = self.rows.taken(row, image)
         return replace(self, rows=rows, keys=keys, forward=None, prefix=None, memo={}, scales={})
+
+    def renamed(self, number: Tensor) -> Score:
+        """The same with a number (B,) added to the key of each image, so that it draws other random numbers."""
+        keys = CopiedKeys(self.keys, torch.arange(len(number)), number)
+        return replace(self, keys=keys, memo={}, scales={})
 
     def generator(self, row: int, tag: str) -> torch.Generator:
         """A fresh CPU generator for one row, seeded by (seed, its image's key, ``tag``): the batch, the order and
@@ -122,7 +128,7 @@ class Score:
         return torch.Generator().manual_seed(seed_of(self.seed, self.keys[int(self.image[row])], tag))
 
     def seeds(self, image: Tensor, tag: str) -> Tensor:
-        """(m,) a seed for ``draws``, int64, for each of the images ``image`` (m,), as ``generator`` has one."""
+        """(m,) a seed for ``draws``, int64, for each of the images ``image`` (m,), as ``generator`` has."""
         return torch.tensor([seed_of(self.seed, self.keys[i], tag) for i in image.tolist()], dtype=torch.long)
 
     def picture(self, name: str) -> Tensor:
@@ -265,9 +271,7 @@ class Score:
             ModelError: what follows the layer cannot be run by itself, or the score keeps its graph.
         """
         if self.create_graph:
-            raise ModelError(
-                "this method gives no maps that can be trained through: it runs the network in parts"
-            )
+            raise ModelError("this method runs the network in parts: its maps cannot be trained through")
         prefix = Prefix(self.module, at.name, x, self.execution, self.layers.tails)
         execution = self.execution.part(prefix.activations())
         return replace(self, prefix=prefix, execution=execution, forward=None, memo={}, scales={})

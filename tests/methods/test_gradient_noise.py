@@ -395,7 +395,8 @@ def test_what_is_held_does_not_grow_with_the_copies_that_have_been(method):
 @pytest.mark.parametrize("method", STATISTICS)
 def test_the_statistic_is_of_the_maps_of_the_base_at_each_copy(method, base):
     net, x = made(Residual), images(3, 3, 6, 5)
-    method, inner = method(samples=3, base=base), build(base)
+    own = {"name": "saliency", "absolute": False} if base == "saliency" else base  # signed here, see below
+    method, inner = method(samples=3, base=base), build(own)
     _, copies = with_copies(method.__class__(samples=3), bound(net, x, **ROWS), x)
     maps = []
     for sample in range(3):
@@ -405,6 +406,30 @@ def test_the_statistic_is_of_the_maps_of_the_base_at_each_copy(method, base):
     for micro_batch in (2, 64):
         found = method.attribute(bound(net, x, **ROWS, micro_batch=micro_batch), x)
         assert_close(found.map, expected, **EXACT)
+
+
+@pytest.mark.parametrize("method", STATISTICS)
+def test_saliency_as_a_base_is_the_signed_gradient_unless_it_says_otherwise(method):
+    net, x = made(Residual), images(3, 3, 6, 5)
+    score = bound(net, x, **ROWS)
+    signed = method(samples=3).attribute(score, x).map
+    for base in ("saliency", {"name": "saliency", "preset": "zennit"}):
+        assert torch.equal(method(samples=3, base=base).attribute(score, x).map, signed)
+    sizes = method(samples=3, base={"name": "saliency", "absolute": True})
+    assert sizes.inner.absolute
+    if method is not SquareGrad:
+        assert (sizes.attribute(score, x).map - signed).abs().max() > 1e-3 * signed.abs().max()
+
+
+def test_what_the_base_draws_is_drawn_anew_for_each_copy():
+    """With no noise, copies differ in the baseline of the base alone; a statistic within a statistic is independent."""
+    net, x = made(Residual), images(2, 3, 6, 5)
+    score = bound(net, x, [0, 1])
+    base = {"name": "integrated-gradients", "steps": 2, "substrate": "gaussian"}
+    assert (VarGrad(samples=4, noise=0, base=base).attribute(score, x).map > 0).any()
+    keys = [score.renamed(torch.tensor([0, n])).keys[1] for n in range(3)]
+    assert len({*keys, score.keys[1]}) == 4
+    assert score.renamed(torch.tensor([5, 1])).keys[1] == keys[1]
 
 
 @pytest.mark.parametrize("method", STATISTICS)
@@ -432,7 +457,7 @@ def test_the_layer_of_the_base_is_looked_at_and_pinned_by_name(method):
     auto = method(base={"name": "saliency", "layer": "auto"}, samples=2)
     assert auto.looks_at(score.layers) == (default,)
     pinned = auto.pinned(score.layers)
-    assert pinned.base == {"name": "saliency", "preset": "paper", "absolute": True, "layer": default.name}
+    assert pinned.base == {"name": "saliency", "preset": "paper", "absolute": False, "layer": default.name}
     assert pinned.pinned(score.layers) == pinned
     assert (pinned.samples, pinned.inner.layer) == (2, default.name)
     assert auto.pinned(score.layers, ["features"]).inner.layer == "features"

@@ -765,7 +765,7 @@ CAMS = [
 ]
 BASES = [
     "saliency",
-    {"name": "saliency", "absolute": False, "layer": "features.0"},
+    {"name": "saliency", "absolute": False},
     {"name": "integrated-gradients", "steps": 5},
     {"name": "smoothgrad", "samples": 3, "base": "guided-backprop"},
     "deconvnet",
@@ -794,18 +794,24 @@ def test_it_is_the_product_of_its_two_parts(cam, base):
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic", "nearest"])
-def test_both_parts_are_brought_to_the_input_s_size_as_upsampling_says(mode):
+def test_the_cam_is_brought_to_the_input_s_size_as_upsampling_says(mode):
     net, x = made(PooledLinear), images(2, 3, 8, 6)
     score = bound(net, x, [1, 2])
-    base = {"name": "guided-backprop", "layer": "features"}
-    method = GuidedGradCAM(cam="hirescam", base=base, upsampling=mode, reduce="none")
-    region = build("hirescam").attribute(score, x)
-    detail = build(base).attribute(score, x)
+    method = GuidedGradCAM(cam="hirescam", upsampling=mode, reduce="none")
+    region, detail = build("hirescam").attribute(score, x), GuidedBackprop().attribute(score, x)
     assert region.shape == (2, 4, 3)
-    assert detail.shape == (2, 8, 4, 3)
     how = {"mode": mode} if mode == "nearest" else {"mode": mode, "align_corners": False}
-    grown = [F.interpolate(one, (8, 6), **how) for one in (region[:, None], detail)]
-    close(method.explain(score, x).map, grown[0] * grown[1], 1e-14)
+    close(method.explain(score, x).map, F.interpolate(region[:, None], (8, 6), **how) * detail, 1e-14)
+
+
+@pytest.mark.parametrize(
+    "base", [{"name": "guided-backprop", "layer": "auto"}, {"name": "saliency", "layer": "relu"}]
+)
+def test_a_base_that_looks_at_a_layer_gives_no_detail_and_is_refused(base):
+    with pytest.raises(ConfigError, match="guided-gradcam: its base gives the detail of the pixels"):
+        GuidedGradCAM(base=base)
+    with pytest.raises(ConfigError, match="linear-approximation has a map of a layer, not of the pixels"):
+        build({"name": "guided-gradcam", "base": "linear-approximation"})
 
 
 def test_a_base_that_needs_no_rectifier_works_on_any_network():
@@ -844,28 +850,19 @@ def test_both_parts_explain_what_the_cam_explains():
     apart(found, parts[0] * xcli.explain(net, x, "guided-backprop", target=1).map, 1e-3)
 
 
-def test_the_layers_of_both_parts_are_pinned_by_name_and_taken_again():
+def test_the_layers_of_the_cam_are_pinned_by_name_and_taken_again():
     net, x = made(PooledLinear), images(2, 3, 8, 6)
     layers = survey(net, x[:1])
-    method = GuidedGradCAM(
-        cam={"name": "layercam", "layer": "features.*"}, base={"name": "deconvnet", "layer": "auto"}
-    )
+    method = GuidedGradCAM(cam={"name": "layercam", "layer": "features.*"}, base="deconvnet")
     first = [layer.name for layer in method.looks_at(layers)]
-    assert first == ["features.0", "features.1", "features.2", "relu"]
+    assert first == ["features.0", "features.1", "features.2"]
     pinned = method.pinned(layers)
-    assert pinned.cam["layer"] == ["features.0", "features.1", "features.2"]
-    assert pinned.base["layer"] == "relu"
-    assert pinned.pinned(layers) == pinned
-    assert method.pinned(layers, first) == pinned
-    again = method.pinned(layers, ("features.0", "features.2", "features"))
-    assert (again.cam["layer"], again.base["layer"]) == (["features.0", "features.2"], "features")
+    assert pinned.cam["layer"] == first
+    assert pinned.pinned(layers) == method.pinned(layers, first) == pinned
+    assert method.pinned(layers, ("features.0", "features")).cam["layer"] == ["features.0", "features"]
     score = bound(net, x, [1, 2])
     assert_close(pinned.explain(score, x).map, method.explain(score, x).map, **EXACT)
-    only = GuidedGradCAM().pinned(layers, ("features",))
-    assert (only.cam["layer"], only.base["layer"]) == (["features"], "input")
     assert GuidedGradCAM().pinned(layers).cam["layer"] == ["relu"]
-    several = GuidedGradCAM(base="saliency").pinned(layers, ("features", "relu"))
-    assert several.cam["layer"] == ["features", "relu"]
 
 
 @pytest.mark.parametrize("preset", ["paper", "captum"])

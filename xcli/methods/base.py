@@ -31,6 +31,11 @@ class Attribution:
     map: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, found: Tensor | Attribution) -> Attribution:
+        """What ``Method.attribute`` gave, in the long form."""
+        return cls(found) if isinstance(found, Tensor) else found
+
 
 @options
 class Method(ABC):
@@ -64,7 +69,7 @@ class Method(ABC):
     post_process: Annotated[
         tuple[Step, ...],
         Field(
-            description="what becomes of the map once its channels are one, step by step: absolute, positive, "
+            description="what becomes of the map after reduce, step by step: absolute, positive, "
             "{smooth: pixels}, {low_pass: cycles}, {resize: mode}"
         ),
     ] = ()
@@ -96,8 +101,7 @@ class Method(ABC):
     def explain(self, score: Score, x: Tensor, size: tuple[int, int] | None = None) -> Attribution:
         """``attribute``, then channels reduced, the steps of ``post_process``, and the map brought to ``size`` (H, W);
         ``None`` keeps its grid."""
-        found = self.attribute(score, x)
-        found = Attribution(found) if isinstance(found, Tensor) else found
+        found = Attribution.of(self.attribute(score, x))
         maps = reduced(found.map, self.reduce)
         maps = applied(self.post_process, maps, (x.shape[-2], x.shape[-1]), self.upsampling)
         return Attribution(resized(maps, size, self.upsampling), found.extras)

@@ -38,13 +38,13 @@ class Around:
         kind: what the inner method must be, a class of methods.
         apart: methods of that kind that cannot be used here, each with the reason, behind which the name can stand.
         ours: the class whose options are the outer method's; ``None``: ``kind``.
-        default: where the option's default is a mapping, for which a field needs ``default_factory``.
+        defaults: by the inner method's name, options that have another default here than by itself.
     """
 
     kind: type[Any]
     apart: Mapping[str, str] = field(default_factory=dict)
     ours: type[Any] | None = None
-    default: Spec = ""
+    defaults: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def method(self, spec: Spec) -> Any:
         """The inner method, a ``kind``.
@@ -94,7 +94,7 @@ class Around:
                 _problem((name,), f"{cls.name} takes {name} from the method around it; set it there")
             )
         try:
-            chosen = json.dumps({**cls.presets.get(preset, {}), **given})
+            chosen = json.dumps({**self.defaults.get(cls.name, {}), **cls.presets.get(preset, {}), **given})
             made = TypeAdapter(cls).validate_json(chosen, strict=True)
         except ValidationError as error:
             known = [own.name for own in fields(cls) if own.name not in self._ours()]
@@ -127,7 +127,7 @@ class Around:
 
     def schema_default(self, schema: dict[str, Any]) -> None:
         """Write the default out in the JSON Schema of the option."""
-        schema["default"] = self.written_out(schema.get("default", self.default))
+        schema["default"] = self.written_out(schema["default"])
 
     def _entry(self, cls: type[Method]) -> dict[str, Any]:
         """The JSON Schema of the long form; of a method that is itself around another, no more than its name."""

@@ -21,8 +21,11 @@ from xcli.registry import method, options
 from xcli.score import Score
 
 _NESTED = "is itself such a statistic; one over the other needs the product of their samples"
-_SIGNED: dict[str, object] = {"name": "saliency", "absolute": False}
-BASE = Around(PixelMethod, dict.fromkeys(("smoothgrad", "squaregrad", "vargrad"), _NESTED), default=_SIGNED)
+BASE = Around(
+    PixelMethod,
+    dict.fromkeys(("smoothgrad", "squaregrad", "vargrad"), _NESTED),
+    defaults={"saliency": {"absolute": False}},
+)
 
 _CAPTUM: dict[str, object] = {"samples": 5, "noise": 1.0, "relative": False, "reduce": "none"}
 _XPLIQUE: dict[str, object] = {"samples": 50, "noise": 0.2, "relative": False, "reduce": "mean"}
@@ -48,9 +51,8 @@ class NoiseStatistic(PixelMethod):
         Field(
             description="the method whose maps these are: a name, or name: and its options",
             json_schema_extra=BASE.schema_default,
-            default_factory=lambda: _SIGNED,
         ),
-    ]
+    ] = "saliency"
     samples: Annotated[int, Field(ge=1, description="noisy copies of an image")] = 50
     noise: Annotated[
         float,
@@ -86,8 +88,8 @@ class NoiseStatistic(PixelMethod):
         for part in rounds(score, self.samples):
             image = part.image.to(x.device)
             noise = draws.normal(draws.sampled(seeds[part.image], part.sample).to(x.device), x.shape[1:])
-            found = self.inner.attribute(part.score, x[image] + noise.to(x) * deviation[image])
-            found = found if isinstance(found, Attribution) else Attribution(found)
+            own, copies = part.score.renamed(part.sample), x[image] + noise.to(x) * deviation[image]
+            found = Attribution.of(self.inner.attribute(own, copies))
             running = running.with_samples(part.of_rows(found.map))
             for name, values in found.extras.items():
                 extras[name] = extras.get(name, 0) + part.of_rows(values).sum(1) / self.samples
@@ -155,7 +157,7 @@ class SquareGrad(NoiseStatistic):
     .. math:: \frac{1}{M} \sum_m \big(\nabla y\,(x + e_m)\big)^2
 
     colour by colour. Unit: the square of that of the base's map. It is SmoothGrad squared plus VarGrad.
-    Source: Hooker et al. 2018, arXiv:1806.10758 (SG-SQ). Presets as for ``smoothgrad``.
+    Source: Hooker et al. 2018, arXiv:1806.10758 (SG-SQ). Presets ``xplique`` and ``captum`` as for ``smoothgrad``.
     """
 
     source: ClassVar[str] = "Hooker et al. 2018, arXiv:1806.10758"
@@ -172,7 +174,8 @@ class VarGrad(NoiseStatistic):
     .. math:: \frac{1}{M} \sum_m \Big(\nabla y\,(x + e_m) - \frac{1}{M} \sum_n \nabla y\,(x + e_n)\Big)^2
 
     colour by colour; 0 where the score is linear, and where ``samples`` is 1. Unit: the square of that of the base's
-    map. Source: Adebayo et al. 2018, arXiv:1810.03292. Presets as for ``smoothgrad``; ``xplique`` divides by M - 1.
+    map. Source: Adebayo et al. 2018, arXiv:1810.03292. Presets ``captum`` and ``xplique`` as for ``smoothgrad``; the
+    latter divides by M - 1.
     """
 
     source: ClassVar[str] = "Adebayo et al. 2018, arXiv:1810.03292"

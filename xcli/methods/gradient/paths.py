@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -24,7 +25,10 @@ Rule = Annotated[
     Field(description="where along the path gradients are taken, and what each counts"),
 ]
 
+Steps = Annotated[int, Field(ge=1, le=10_000, description="places on the path at which gradients are taken")]
 
+
+@lru_cache
 def quadrature(rule: Rule, steps: int) -> tuple[Tensor, Tensor]:
     """Places in [0, 1] and their weights, which sum to 1, (steps,) float64 each.
 
@@ -63,7 +67,7 @@ class PathMethod(PixelMethod):
     cost: ClassVar[str] = "steps forwards + backwards, and 2 forwards"
     small: ClassVar[Mapping[str, object]] = {"steps": 3}
 
-    steps: Annotated[int, Field(ge=1, description="places on the path at which gradients are taken")] = 50
+    steps: Steps = 50
     rule: Rule = "midpoint"
 
     def __post_init__(self) -> None:
@@ -195,7 +199,7 @@ class BlurIG(PathMethod):
     source: ClassVar[str] = "Xu et al. 2020, arXiv:2004.03383"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"original": {"rule": "right"}}
 
-    steps: Annotated[int, Field(ge=1, description="places on the path at which gradients are taken")] = 100
+    steps: Steps = 100
     rule: Rule = "gauss-legendre"
     sigma: Annotated[
         float, Field(gt=0, le=1000, description="standard deviation at the blurred end, pixels")

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xcli.errors import ModelError
+from xcli.errors import ConfigError, ModelError
 from xcli.layers import Layer, Layers
 from xcli.methods.base import Attribution, Method, Need, resized
 from xcli.methods.cam.base import CAM
@@ -114,7 +114,13 @@ def guided(grad: Tensor, out: Tensor, top: float) -> Tensor:
 
 
 REGION = Around(CAM, ours=Method)
-DETAIL = Around(PixelMethod, {"guided-gradcam": "cannot be used around itself"})
+DETAIL = Around(
+    PixelMethod,
+    {
+        "guided-gradcam": "cannot be used around itself",
+        "linear-approximation": "has a map of a layer, not of the pixels",
+    },
+)
 
 
 @method("guided-gradcam")
@@ -156,6 +162,10 @@ class GuidedGradCAM(PixelMethod):
     def __post_init__(self) -> None:
         object.__setattr__(self, "needs", self.region.needs | self.detail.needs)
         object.__setattr__(self, "scale", self.region.scale)
+        if "layer" in self.detail.needs:
+            raise ConfigError(
+                "guided-gradcam: its base gives the detail of the pixels, so it looks at the input"
+            )
 
     @cached_property
     def region(self) -> CAM:
@@ -170,24 +180,18 @@ class GuidedGradCAM(PixelMethod):
         return made
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
-        return (*self.region.looks_at(layers), *self.detail.looks_at(layers))
+        self.detail.looks_at(layers)  # refuses a network that it cannot be computed on
+        return self.region.looks_at(layers)
 
     def draws_from(self) -> tuple[str, ...]:
         return self.detail.draws_from()
 
     def pinned(self, layers: Layers, names: Sequence[str] = ()) -> Self:
-        count = len(names) - len(self.detail.looks_at(layers))
-        return replace(
-            self,
-            cam=REGION.pinned(self.cam, layers, names[: max(0, count)]),
-            base=DETAIL.pinned(self.base, layers, names[max(0, count) :]),
-        )
+        self.detail.looks_at(layers)
+        return replace(self, cam=REGION.pinned(self.cam, layers, names))
 
     def attribute(self, score: Score, x: Tensor) -> Attribution:
         size = (x.shape[-2], x.shape[-1])
-        region = self.region.attribute(score, x)
-        region = region.map if isinstance(region, Attribution) else region
-        detail = self.detail.attribute(score, x)
-        detail = detail if isinstance(detail, Attribution) else Attribution(detail)
-        where = resized(region, size, self.upsampling)[:, None]  # (N, 1, H, W)
-        return Attribution(where * resized(detail.map, size, self.upsampling), detail.extras)
+        region, detail = (Attribution.of(part.attribute(score, x)) for part in (self.region, self.detail))
+        where = resized(region.map, size, self.upsampling)[:, None]  # (N, 1, H, W)
+        return Attribution(where * detail.map, detail.extras)
