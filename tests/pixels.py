@@ -17,6 +17,8 @@ from xcli.score import Score
 NETWORKS = ("shapes-cnn", "vgg11", "resnet18", "densenet121", "mobilenet_v3_small", "vit_b_16")
 RECTIFIED = NETWORKS[:-1]
 """Those with ReLU."""
+SIDE = 32
+"""Of the images of torchvision's networks: small, as many tests run these in float64."""
 TARGETS = [1, 7, 3]
 """The class explained of each of the three images."""
 
@@ -49,20 +51,20 @@ def case(name: str) -> Case:
             if isinstance(part, nn.BatchNorm2d):
                 part.running_mean.normal_(0, 0.1)
                 part.bias.data.normal_(0, 0.1)
-    return Case(name, net, images(3, 3, *((64, 48) if name == "shapes-cnn" else (64, 64))))
+    return Case(name, net, images(3, 3, *((64, 48) if name == "shapes-cnn" else (SIDE, SIDE))))
 
 
 def _network(name: str) -> nn.Module:
     match name:
         case "shapes-cnn":
             return nets.load(name)
-        case "vgg11":  # no 7x7 pooling of a 2x2 map, and a small head
+        case "vgg11":  # no 7x7 pooling of a single cell, and a small head
             net = torchvision.models.vgg11(num_classes=10)
             net.avgpool = nn.AdaptiveAvgPool2d(1)
             net.classifier = nn.Sequential(nn.Linear(512, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 10))
             return net
         case "vit_b_16":
-            net = torchvision.models.vit_b_16(image_size=64, num_classes=10)
+            net = torchvision.models.vit_b_16(image_size=SIDE, num_classes=10)
             nn.init.normal_(net.heads.head.weight)
             return net
         case _:

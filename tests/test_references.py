@@ -28,11 +28,16 @@ from xcli.cli.exits import guarded
 from xcli.config import load_config
 from xcli.demo import nets
 from xcli.errors import ConfigError, InputError, Interrupted
+from xcli.evaluation import evaluate_run
 from xcli.images import find_images
 from xcli.methods.gradient.expected import ExpectedGradients
+from xcli.methods.gradient.noise import SmoothGrad
+from xcli.overrides import Changes
 from xcli.pipeline import explain_folder
 from xcli.plan import prepared
+from xcli.progress import Quiet
 from xcli.references import MOST, read, with_pictures
+from xcli.scorecard import config_of_run
 
 SMALL = {"resize": [32, 32], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
@@ -444,3 +449,39 @@ def test_metrics_that_explain_further_images_are_given_the_pictures_too():
     assert (other.values - found.values).abs().max() > 1e-2
     with pytest.raises(ConfigError, match=r"pass pictures=\{'elsewhere': \.\.\.\}"):
         xcli.evaluate(NET, X, maps, **given)
+
+
+def test_stored_maps_are_scored_without_the_pictures_they_were_made_with(place):
+    """The method does not run; a metric that explains further images with it does ask for them."""
+    explain(place, "mine")
+    shutil.rmtree(place / "others")
+    run = place / "mine"
+    config = config_of_run(run, Changes(overrides=["metrics=[{name: deletion, steps: 2}]"]))
+    evaluated = evaluate_run(run, config, Quiet())
+    assert (evaluated.pairs, evaluated.failed) == (2, {})
+    config = config_of_run(run, Changes(overrides=["metrics=[{name: max-sensitivity, samples: 1}]"]))
+    with pytest.raises(InputError, match="others"):
+        evaluate_run(run, config, Quiet())
+
+
+def test_graphs_of_the_first_pass_are_let_go_before_methods_that_do_not_need_them(place, monkeypatch):
+    """Whatever the order of the config; maps come out in that order all the same."""
+    seen = []
+
+    def attribute(method, score, x):
+        seen.append((score.forward.pixels, bool(score.forward.leaves)))
+        return x.new_zeros(len(score.image), *x.shape[2:]) + torch.arange(x.shape[-1])
+
+    monkeypatch.setattr(SmoothGrad, "attribute", attribute)
+    methods = ["smoothgrad", "saliency", "random", "gradcam"]
+    config = load_config(
+        written(
+            place / "order.yaml",
+            plain(place / "photos", place / "order", model={"preprocess": SMALL}, methods=methods),
+        )
+    )
+    explain_folder(config, find_images(config.images.paths))
+    assert seen[0] == (True, True)  # when the plan is tried, all are still there
+    assert set(seen[1:]) == {(False, False)}
+    with xcli.open_run(place / "order") as run:
+        assert sorted(run.names) == sorted(methods)

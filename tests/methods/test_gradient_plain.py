@@ -25,10 +25,10 @@ PLAIN = (Saliency, InputTimesGradient, LinearApproximation)
 ROWS = {"target": [1, 3, 0, 2], "image": [0, 0, 1, 2]}
 LAYERS = {
     "shapes-cnn": ("stages", "stages.0"),
-    "vgg11": ("features", "features.3"),
-    "resnet18": ("layer4", "layer2"),
-    "densenet121": ("features", "features.denseblock2"),
-    "mobilenet_v3_small": ("features", "features.4"),
+    "vgg11": ("features.19", "features.3"),
+    "resnet18": ("layer3", "layer2"),
+    "densenet121": ("features.transition3.conv", "features.denseblock2"),
+    "mobilenet_v3_small": ("features.9.block.0", "features.4"),
     "vit_b_16": ("encoder.layers.encoder_layer_11.ln_1", "encoder.layers.encoder_layer_9"),
 }
 """Of each network the default layer and one before it."""
@@ -73,14 +73,14 @@ def test_maps_at_the_pixels_are_those_of_captum_and_zennit(network):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_maps_at_a_layer_are_those_of_captum(network):
-    """Tokens of a transformer, class token first, are a map of 4x4 patches."""
+    """Tokens of a transformer, class token first, are a map of 2x2 patches."""
     net, x, score, target = setting(network)
     default, earlier = LAYERS[network]
     for layer, method in ((default, LinearApproximation()), (earlier, InputTimesGradient(layer=earlier))):
         terms = LayerGradientXActivation(net, net.get_submodule(layer)).attribute(leaf(x), target)
         if network == "vit_b_16":
-            assert terms.shape == (1, 17, 768)
-            terms = terms[:, 1:].reshape(1, 4, 4, 768).permute(0, 3, 1, 2)
+            assert terms.shape == (1, 5, 768)
+            terms = terms[:, 1:].reshape(1, 2, 2, 768).permute(0, 3, 1, 2)
         assert_same(method.attribute(score, x), terms)
     assert [layer.name for layer in LinearApproximation().looks_at(score.layers)] == [default]
 

@@ -262,7 +262,7 @@ def test_each_row_is_explained_on_its_own_image():
     scaled = torch.stack([(one - one.min()) / (one.max() - one.min()) for one in map])
     assert_close(masked, x[IMAGE] * scaled[:, None])
     assert_close(score(masked), net(masked)[range(5), TARGETS])
-    assert score.keys == [f"image-{i}" for i in IMAGE]
+    assert list(score.keys) == [f"image-{i}" for i in IMAGE]
 
 
 def cam_case():

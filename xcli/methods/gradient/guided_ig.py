@@ -46,9 +46,9 @@ class GuidedIG(PixelMethod, Removal):
     small: ClassVar[Mapping[str, object]] = {"steps": 3}
 
     steps: Annotated[int, Field(ge=1, description="steps of the path")] = 200
-    fraction: Annotated[
-        float, Field(ge=0.01, le=1, description="share of the numbers that move together")
-    ] = 0.25
+    fraction: Annotated[float, Field(gt=0, le=1, description="share of the numbers that move together")] = (
+        0.25
+    )
     distance: Annotated[
         float,
         Field(
