@@ -47,9 +47,18 @@ def in_parts(net: nn.Module, x: Tensor, target: Tensor, inner: int) -> Run:
     return lambda: [part() for part in parts]
 
 
-def ours(net: nn.Module, x: Tensor, target: Tensor, name: str, steps: int = 0, *, known: bool = False) -> Run:
-    """One of our methods; of ``steps`` gradients, where it sums them. ``known``: after the pass that the command
-    chooses the targets by."""
+def ours(
+    net: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    name: str,
+    steps: int = 0,
+    *,
+    known: bool = False,
+    inner: int = BATCH,
+) -> Run:
+    """One of our methods; of ``steps`` gradients, where it sums them, ``inner`` inputs at once. ``known``: after the
+    pass that the command chooses the targets by."""
     from xcli.execution import Execution
     from xcli.forward import Forward
     from xcli.layers import survey
@@ -58,7 +67,7 @@ def ours(net: nn.Module, x: Tensor, target: Tensor, name: str, steps: int = 0, *
     from xcli.targets import ClassRows
 
     method = build({"name": name, **({SUMS[name]: steps} if steps else {})})
-    layers, execution, keys = survey(net, x[:1]), Execution(BATCH), [str(i) for i in range(len(x))]
+    layers, execution, keys = survey(net, x[:1]), Execution(inner), [str(i) for i in range(len(x))]
     forward = Forward(net, x, (), execution) if known else None
 
     def run() -> Tensor:
@@ -97,7 +106,11 @@ def contenders(setting: str, steps: int, undo: ExitStack) -> dict[str, tuple[Run
     few = x[:FEW], target[:FEW]
     found = {f"floor, {inner} at once": (in_parts(net, x, target, inner), BATCH) for inner in INNER}
     found |= {name: (ours(net, x, target, name), BATCH) for name in SINGLE}
-    found |= {name: (ours(net, *few, name, steps), FEW * steps) for name in SUMS}
+    found |= {
+        f"{name}, {inner} at once": (ours(net, *few, name, steps, inner=inner), FEW * steps)
+        for name in SUMS
+        for inner in INNER
+    }
     found["integrated-gradients, known"] = (
         ours(net, *few, "integrated-gradients", steps, known=True),
         FEW * steps,
