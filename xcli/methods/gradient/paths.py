@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
@@ -97,13 +97,13 @@ class PathMethod(PixelMethod):
         """The path to each of the images ``x`` (B, C, H, W)."""
 
 
-class Path:
+class Path(ABC):
     """A way to each of some images."""
 
+    @abstractmethod
     def at(self, image: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Points g(t) on the way to the images ``image`` (M,), and g'(t) there, at t = ``place`` (M,), float64 in
         [0, 1]: (M, C, H, W) each."""
-        raise NotImplementedError
 
 
 class Straight(Path):
