@@ -146,7 +146,8 @@ def gaussians(sigma: Tensor, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight / weight.sum(1, keepdim=True)  # (M, taps)
     by = weight * (squares - (weight * squares).sum(1, keepdim=True)) / wide.pow(3)
     apart = torch.arange(side)[:, None] - torch.arange(side) + reach  # (side, side)
-    return tuple(values.to(like)[:, apart.to(like.device)][:, None] for values in (weight, by))  # type: ignore[return-value]
+    apart = apart.to(like.device)
+    return weight.to(like)[:, None, apart], by.to(like)[:, None, apart]
 
 
 @method("integrated-gradients")
