@@ -1,0 +1,1 @@
+"""Methods that ask the network only what it makes of altered pictures."""
