@@ -1,4 +1,4 @@
-"""How a picture is cut into features that are kept or taken out as a whole: cells of a grid, superpixels, label maps."""
+"""How a picture is cut into features that are taken out as a whole: cells of a grid, superpixels, label maps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GIVEN = "given:"
 
 def _known(spec: str) -> str:
     kind, _, number = spec.partition(":")
-    if spec.startswith(GIVEN) and number or Path(spec).suffix.lower() in FILES:
+    if (spec.startswith(GIVEN) and number) or Path(spec).suffix.lower() in FILES:
         return spec
     if kind not in KINDS:
         raise PydanticCustomError(

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -139,15 +140,13 @@ class Sampling(BlackBox):
             end = int(design.count.max()) if stable is None else next_look(done, design.unit)
             count = design.count.clamp(max=end)
             image, sample = numbered((count - done).clamp_min(0), left)
-            new = asked(score, x, image, sample, lambda i, s, done=done: design.altered(i, s + done))
+            new = asked(score, x, image, sample, partial(later, design, done))
             table, done = torch.cat([table, new], 1), end
             row = torch.isin(score.image, left).nonzero()[:, 0]
             own = row.to(device)
             found = design.estimate(row, table[own])
-            if len(row) == rows:
-                maps = found.map.to(x.dtype)
-            else:
-                maps = maps.index_copy(0, own, found.map.to(x.dtype))
+            whole = found.map.to(x.dtype)
+            maps = whole if len(row) == rows else maps.index_copy(0, own, whole)
             error = error.index_copy(0, own, found.error.to(x.dtype))
             forwards[row] = count[score.image[row]].to(forwards)
             spent = done >= design.count[left]
@@ -155,6 +154,11 @@ class Sampling(BlackBox):
                 ~(spent if stable is None else spent | settled(found, stable, score.image[row], left))
             ]
         return Attribution(maps, {"forwards": forwards, "standard_error": error})
+
+
+def later(design: Design, done: int, image: Tensor, sample: Tensor) -> Tensor:
+    """The copies after the first ``done`` of each image."""
+    return design.altered(image, sample + done)
 
 
 def next_look(done: int, unit: int) -> int:

@@ -1,4 +1,4 @@
-"""What the score loses without a part of the picture: patches that slide over it, or features that a label map names."""
+"""What the score loses without a part of the picture: patches that slide over it, or features that are named."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,14 +125,12 @@ class Masks(Design):
     def averaged(self, image: int, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Maps and errors of the rows of one image, from their scores (n, S)."""
         total = scores.shape[1]
-        bounds = [total * block // BLOCKS for block in range(BLOCKS + 1)]
+        ends = sorted({total * block // BLOCKS for block in range(BLOCKS + 1)})
         weights = torch.cat([scores, torch.ones_like(scores[:1])])  # the last one for the coverage
-        runs = [self.weighed(image, weights, *ends) for ends in zip(bounds, bounds[1:]) if ends[1] > ends[0]]
+        runs = [self.weighed(image, weights, *own) for own in itertools.pairwise(ends)]
         sums = torch.stack(runs)  # (blocks, n + 1, H, W)
         whole = sums.sum(0)
-        size = torch.tensor([b - a for a, b in zip(bounds, bounds[1:]) if b > a])[:, None, None, None].to(
-            sums
-        )
+        size = torch.tensor(ends).diff()[:, None, None, None].to(sums)
         match self.method.normalise:
             case "coverage":
                 below = (whole[-1:] + self.method.eps).clamp_min(torch.finfo(whole.dtype).tiny)
