@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar
 
@@ -36,9 +36,11 @@ def asked(score: Score, x: Tensor, image: Tensor, sample: Tensor, altered: Alter
         x: the images (B, C, H, W).
         image, sample: (M,) which copies, those of an image together, images in order.
     """
+    if not len(image):
+        return x.new_zeros(len(score.image), 0)
     score = replace(score, execution=score.execution.part(x))
     values, copy, row = score.on(lambda index: altered(image[index], sample[index]), image)
-    table = values.new_zeros(len(score.image), int(sample.max()) + 1 if len(sample) else 0)
+    table = values.new_zeros(len(score.image), int(sample.max()) + 1)
     return table.index_put((row.to(values.device), sample[copy].to(values.device)), values)
 
 
@@ -70,10 +72,11 @@ class BlackBox(Method):
 @dataclass(frozen=True)
 class Estimate:
     """Maps (n, ...) of some rows, and for each the standard error (n,): the root of the mean over the map's cells of
-    the squared standard errors, in the map's unit."""
+    the squared standard errors, in the map's unit; and what the method adds, (n,) each."""
 
     map: Tensor
     error: Tensor
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Design(ABC):
@@ -134,7 +137,8 @@ class Sampling(BlackBox):
     def attribute(self, score: Score, x: Tensor) -> Attribution:
         design, stable = self.design(score, x), self.until["stable"] if self.until else None
         device, rows = x.device, len(score.image)
-        maps, error, forwards = x.new_zeros(rows, *x.shape[2:]), x.new_zeros(rows), torch.zeros(rows)
+        maps, extras = x.new_zeros(rows, *x.shape[2:]), dict[str, Tensor]()
+        forwards = torch.zeros(rows)
         left, done, table = score.image.unique(), 0, x.new_zeros(rows, 0)
         while len(left):
             end = int(design.count.max()) if stable is None else next_look(done, design.unit)
@@ -147,13 +151,15 @@ class Sampling(BlackBox):
             found = design.estimate(row, table[own])
             whole = found.map.to(x.dtype)
             maps = whole if len(row) == rows else maps.index_copy(0, own, whole)
-            error = error.index_copy(0, own, found.error.to(x.dtype))
+            for name, values in {"standard_error": found.error, **found.extras}.items():
+                before = extras.get(name, x.new_zeros(rows))
+                extras[name] = before.index_copy(0, own, values.to(x.dtype))
             forwards[row] = count[score.image[row]].to(forwards)
             spent = done >= design.count[left]
             left = left[
                 ~(spent if stable is None else spent | settled(found, stable, score.image[row], left))
             ]
-        return Attribution(maps, {"forwards": forwards, "standard_error": error})
+        return Attribution(maps, {"forwards": forwards.to(device), **extras})
 
 
 def later(design: Design, done: int, image: Tensor, sample: Tensor) -> Tensor:

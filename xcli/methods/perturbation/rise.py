@@ -120,7 +120,8 @@ class Masks(Design):
             self.averaged(int(one), scores[(image == one).to(scores.device)])
             for one in image.unique_consecutive()
         ]
-        return Estimate(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        maps, errors = zip(*found, strict=True)
+        return Estimate(torch.cat(maps), torch.cat(errors))
 
     def averaged(self, image: int, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Maps and errors of the rows of one image, from their scores (n, S)."""
