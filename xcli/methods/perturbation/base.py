@@ -22,8 +22,8 @@ Altered = Callable[[Tensor, Tensor], Tensor]
 """Copies (m, C, H, W) of the images ``image`` (m,), each altered as its number ``sample`` (m,) says; a pure function,
 since a copy is made when its pass runs, and again where memory ran out."""
 
-LOOK = 128
-"""Passes an image between two looks at whether its map has settled; later a quarter of those that have run."""
+LOOK, UNITS = 128, 16
+"""Passes and units of an image that have run when its map is first looked at; later a quarter more each time."""
 
 
 def asked(score: Score, x: Tensor, image: Tensor, sample: Tensor, altered: Altered) -> Tensor:
@@ -169,7 +169,8 @@ def later(design: Design, done: int, image: Tensor, sample: Tensor) -> Tensor:
 
 def next_look(done: int, unit: int) -> int:
     """How many passes an image has run when it is looked at next, in whole units."""
-    return done + unit * math.ceil(max(LOOK, done // 4) / unit)
+    more = done // 4 if done else UNITS * unit
+    return done + unit * math.ceil(max(LOOK, more) / unit)
 
 
 def settled(found: Estimate, stable: float, image: Tensor, left: Tensor) -> Tensor:
