@@ -137,7 +137,7 @@ def points(kind: str, count: int, dimensions: int, score: Score, tag: str, devic
 def uniform(seeds: Tensor, dimension: Tensor, count: int) -> Tensor:
     """``count`` numbers in (0, 1) for each of the seeds (B,) and dimensions (D,): (B, D, count)."""
     own = draws.sampled(seeds.repeat_interleave(len(dimension)), dimension.repeat(len(seeds)))
-    return draws.uniform(own, count).unflatten(0, (len(seeds), -1))
+    return draws.uniform(own, count).view(len(seeds), -1, count)
 
 
 @lru_cache(maxsize=8)
@@ -163,4 +163,5 @@ def box_blurred(x: Tensor, window: int) -> Tensor:
     if window > min(x.shape[-2:]):
         raise ConfigError(f"a window of {window} pixels does not fit {x.shape[-2]} x {x.shape[-1]} pixels")
     before, after = window // 2, window - 1 - window // 2
-    return F.avg_pool2d(F.pad(x, (before, after, before, after), mode="reflect"), window, stride=1)
+    found: Tensor = F.avg_pool2d(F.pad(x, (before, after, before, after), mode="reflect"), window, stride=1)
+    return found
