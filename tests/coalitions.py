@@ -91,9 +91,7 @@ def shown(x: Tensor, other: Tensor, label: Tensor, kept: Tensor) -> Tensor:
 def shapley(values: Tensor) -> Tensor:
     """Shapley values (F,) of a game, from its values (2^F,) of all sets by bits."""
     features = len(values).bit_length() - 1
-    weight = [
-        factorial(k) * factorial(features - k - 1) / factorial(features) for k in range(features)
-    ]
+    weight = [factorial(k) * factorial(features - k - 1) / factorial(features) for k in range(features)]
     found = torch.zeros(features, dtype=torch.float64)
     for s in range(len(values)):
         for f in range(features):

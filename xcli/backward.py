@@ -220,6 +220,11 @@ def each_row(
         copy: (P,) index of each pair's copy.
         keep: leave the graph as it is after the last pass too.
     """
+    if not values.requires_grad:
+        raise ModelError(
+            "the model gives no gradient: it is a black box, or cuts its graph off; methods that only look at scores "
+            "work, such as rise, occlusion, kernel-shap (xai methods lists the perturbation family)"
+        )
     turns = turn_of(copy)  # (P,)
     last = max(int(turns.max()), 0) if len(turns) else 0
     made: list[tuple[Tensor, ...]] = []

@@ -8,14 +8,15 @@ import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xcli.errors import ModelError
+from xcli.execution import out_of_memory
 
 
 def call(name: str, args: Mapping[str, Any]) -> Any:
@@ -72,8 +73,32 @@ def user_code(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # what the user's own code raises can be anything
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise  # a smaller batch may fit
         frames = traceback.extract_tb(error.__traceback__)
         foreign = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"), "<frozen", __file__)
         own = [frame for frame in frames if not frame.filename.startswith(foreign)]
         at = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
         raise ModelError(f"factory {name} failed: {type(error).__name__}: {error}{at}") from error
+
+
+class BlackBox(nn.Module):
+    """Any function of pictures as a network of which nothing is known: it has no layers and no gradient.
+
+    ``function`` takes a float tensor (N, C, H, W), preprocessed, on the run's device, and returns numbers (N, L): a
+    tensor, an array or nested lists. What it raises becomes a ``ModelError`` that names ``name`` and the line.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Any], name: str) -> None:
+        super().__init__()
+        self.function, self.name = function, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), user_code(self.name):
+            found = torch.as_tensor(self.function(x.detach()), device=x.device)
+        if found.ndim != 2 or len(found) != len(x):
+            raise ModelError(
+                f"{self.name} made {tuple(found.shape)} of {len(x)} pictures; a black box has to return "
+                f"({len(x)}, L), a row of L numbers a picture"
+            )
+        return found.to(x.dtype)

@@ -219,7 +219,7 @@ def prepared(
             channels_last=last,
             weights_sha256=digest,
             scoring=scoring_of(
-                config, all_pairs(config) if pairs is None else pairs, sources, model.categories, model.module
+                config, all_pairs(config) if pairs is None else pairs, sources, model.categories, x
             ),
         )
         whole = [*(spec.method.needs for spec in methods), *(m.metric.needs for m in plan.scoring.metrics)]

@@ -102,7 +102,7 @@ def scoring_of(
     pairs: Sequence[Pair],
     sources: Sequence[Source],
     categories: Sequence[str],
-    like: nn.Module,
+    like: Tensor,
 ) -> Scoring:
     """What ``pairs`` need, loaded: ground truth and further checkpoints, on the device and in the type of ``like``.
 
@@ -115,9 +115,8 @@ def scoring_of(
     spec = truth_spec(config) if found.consumes("truth") else None
     annotations = None if spec is None else Annotations.open(spec, sources, categories)
     files = getattr(config.model, "checkpoints", ()) if found.consumes("models") else ()
-    first = next(like.parameters())
     models = tuple(
-        load_model(config.model_spec(file), first.device).module.to(first.dtype).requires_grad_(False)
+        load_model(config.model_spec(file), like.device).module.to(like.dtype).requires_grad_(False)
         for file in files
     )
     return Scoring(found.pairs, baselines, annotations, models)

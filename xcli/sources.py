@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from xcli.errors import ModelError, XaiError
-from xcli.factory import call, seeded
+from xcli.factory import BlackBox, call, seeded
 from xcli.preprocess import Preprocess
 from xcli.weights import SUFFIXES, fill, load_weights, read_state_dict, refuse_code
 
@@ -193,12 +193,17 @@ def _timm_categories(module: nn.Module) -> tuple[str, ...]:
 
 
 def factory(spec: ModelSpec) -> Built:
-    """Whatever the user's callable returns: a module, or (module, preprocessing)."""
+    """Whatever the user's callable returns: a module or a function of pictures, alone or with its preprocessing."""
     made = call(spec.name, spec.args)
     made, keys = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(made, nn.Module):
+    if isinstance(made, type) or not callable(made):
         kind = f"the class {made.__name__}" if isinstance(made, type) else f"a {type(made).__name__}"
-        raise ModelError(f"factory {spec.name} returned {kind}, not an nn.Module or (nn.Module, preprocess)")
+        raise ModelError(
+            f"factory {spec.name} returned {kind}, not an nn.Module or a function of pictures (N, C, H, W) that "
+            "returns (N, L), alone or as a pair with its preprocessing"
+        )
+    if not isinstance(made, nn.Module):
+        made = BlackBox(made, spec.name)
     if is_file_name(spec.weights):
         load_weights(made, spec.weights)
     elif spec.weights not in ("DEFAULT", "none"):

@@ -132,10 +132,14 @@ def test_maps_are_those_of_captum_with_the_same_samples(kind, options, monkeypat
 @pytest.mark.parametrize("distance", [{}, NARROW], ids=["cosine", "euclidean"])
 def test_maps_and_r2_are_those_of_sklearn_on_the_pictures_with_any_substrate(substrate, distance):
     net, x, score = setting(Residual)
-    method = LIME(samples=50, segments=CELLS, substrate=substrate, value=0.7, sigma=2.0, ridge=0.1, **distance)
+    method = LIME(
+        samples=50, segments=CELLS, substrate=substrate, value=0.7, sigma=2.0, ridge=0.1, **distance
+    )
     other, found = method.whole(score, x), method.attribute(score, x)
     if substrate in ("constant", "mean"):
-        assert_close(other, torch.full_like(x, 0.7) if substrate == "constant" else x.mean((2, 3), True) + 0 * x)
+        assert_close(
+            other, torch.full_like(x, 0.7) if substrate == "constant" else x.mean((2, 3), True) + 0 * x
+        )
     for row, (target, image) in enumerate(zip(ROWS["target"], ROWS["image"])):
         kept = samples_of(method, score, x, image)
         b, r2, weights = literal(method, net, x[image], other[image], LABELS[image], kept, target)
@@ -164,10 +168,7 @@ def test_the_network_sees_the_pictures_of_the_sets_and_nothing_else(substrate):
     net, x, score = setting(Residual)
     method = LIME(samples=20, segments=CELLS, substrate=substrate)
     expected = torch.cat(
-        [
-            shown(x[i], method.whole(score, x)[i], LABELS[i], samples_of(method, score, x, i))
-            for i in range(3)
-        ]
+        [shown(x[i], method.whole(score, x)[i], LABELS[i], samples_of(method, score, x, i)) for i in range(3)]
     )
     found, seen = seen_by(net, lambda: method.attribute(score, x))
     assert torch.equal(torch.cat(seen), expected)
@@ -177,7 +178,9 @@ def test_the_network_sees_the_pictures_of_the_sets_and_nothing_else(substrate):
 # ---- known answers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"distance": "euclidean", "kernel_width": 9.0}, {"keep": 0.8}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"distance": "euclidean", "kernel_width": 9.0}, {"keep": 0.8}], ids=str
+)
 def test_a_score_that_is_linear_in_the_features_gives_its_coefficients_without_ridge(options):
     slope = images(9, 2, seed=4)
     score, x = game(lambda seen: seen @ slope + 3, [0, 1])
@@ -263,7 +266,9 @@ def test_one_feature_is_the_difference_that_it_makes():
 @pytest.mark.parametrize("options", [{}, NARROW, {"until": {"stable": 0.1}}], ids=str)
 def test_rows_and_images_of_different_numbers_of_features_are_what_they_are_alone(options):
     method = LIME(samples=300 if "until" in options else 40, segments=CELLS, **options)
-    rows_and_images_do_not_need_company(method, made(Residual), images(3, 3, 16, 16), *LABELS[:2], cut((16, 16), 6))
+    rows_and_images_do_not_need_company(
+        method, made(Residual), images(3, 3, 16, 16), *LABELS[:2], cut((16, 16), 6)
+    )
 
 
 def test_single_precision_is_near():
@@ -317,7 +322,9 @@ def test_until_stops_when_the_map_stands_still_and_gives_what_so_many_samples_gi
     assert found.extras["forwards"].tolist() == [forwards] * 2
     span = found.map.amax((1, 2)) - found.map.amin((1, 2))
     assert (found.extras["standard_error"] <= 0.02 * span).all()
-    assert_close(found.map, LIME(samples=forwards, segments=CELLS).attribute(score, x).map, rtol=1e-9, atol=1e-12)
+    assert_close(
+        found.map, LIME(samples=forwards, segments=CELLS).attribute(score, x).map, rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1.0])
@@ -352,7 +359,14 @@ def test_the_width_of_the_authors_package_is_half_an_eighth_root():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"samples": 1}, {"keep": 0.0}, {"keep": 1.0}, {"kernel_width": 0.0}, {"ridge": -1.0}, {"distance": "other"}],
+    [
+        {"samples": 1},
+        {"keep": 0.0},
+        {"keep": 1.0},
+        {"kernel_width": 0.0},
+        {"ridge": -1.0},
+        {"distance": "other"},
+    ],
     ids=str,
 )
 def test_options_out_of_range_are_refused(wrong):
