@@ -92,12 +92,12 @@ def shapley(values: Tensor) -> Tensor:
     """Shapley values (F,) of a game, from its values (2^F,) of all sets by bits."""
     features = len(values).bit_length() - 1
     weight = [factorial(k) * factorial(features - k - 1) / factorial(features) for k in range(features)]
-    found = torch.zeros(features, dtype=torch.float64)
-    for s in range(len(values)):
+    known, found = values.tolist(), [0.0] * features
+    for s in range(len(known)):
         for f in range(features):
             if not s >> f & 1:
-                found[f] += weight[s.bit_count()] * (values[s | 1 << f] - values[s])
-    return found
+                found[f] += weight[s.bit_count()] * (known[s | 1 << f] - known[s])
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def shapley_by_orders(values: Tensor) -> Tensor:

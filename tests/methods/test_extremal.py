@@ -25,7 +25,7 @@ EXACT = {"rtol": 0, "atol": 1e-10}
 ROWS = {"target": [1, 3, 0, 2], "image": [0, 0, 1, 2]}
 POOLINGS = ("softmax", "sum", "sigmoid")
 GEOMETRIES = [
-    ((12, 10), 4, 6.0),
+    ((11, 10), 4, 6.0),
     ((9, 14), 3, 3.5),
     ((15, 15), 5, 12.0),
     ((8, 7), 1, 1.5),
@@ -66,9 +66,9 @@ def literal_mask(p, size, step, sigma, pooling):
         point = pixel[:, None] // step + torch.arange(2 * radius + 1) - padding
         outer.append(len(pixel))
         points.append(point)
-        apart.append(pixel[:, None].double() - (sigma + step * point))
+        apart.append(pixel[:, None].double() - sigma - step * point)
     distance = (apart[0][:, None, :, None] ** 2 + apart[1][None, :, None, :] ** 2).sqrt()
-    kernel = torch.exp(-2 * (distance / sigma - 0.5).clamp(min=0) ** 2)
+    kernel = torch.exp(-2 * (distance / sigma - 0.5).clamp(min=0) ** 2).to(p)
     room = F.pad(p, (padding + radius,) * 2 + (padding + radius,) * 2)
     rows, columns = (point + padding + radius for point in points)
     rows, columns = rows.clamp_max(len(room) - 1), columns.clamp_max(room.shape[1] - 1)
@@ -80,7 +80,9 @@ def literal_mask(p, size, step, sigma, pooling):
             mask = values.sum(2)
         case _:
             mask = torch.sigmoid(20 * values.sum(2) - 3)
-    return mask.clamp(0, 1)
+    return torch.where(
+        (mask < 0) | (mask > 1), mask.detach().clamp(0, 1), mask
+    )  # passes gradients at 0 and 1
 
 
 def literal_blur(x, sigma):
@@ -88,7 +90,7 @@ def literal_blur(x, sigma):
     reach = math.ceil(4 * sigma)
     place = torch.arange(-reach, reach + 1).double()
     kernel = torch.exp(-(place**2) / (2 * sigma**2)) if sigma else torch.ones(1).double()
-    kernel = kernel / kernel.sum()
+    kernel = (kernel / kernel.sum()).to(x)
     x = F.conv2d(x[:, None], kernel.view(1, 1, -1, 1), padding=(reach, 0))
     return F.conv2d(x, kernel.view(1, 1, 1, -1), padding=(0, reach))[:, 0]
 
@@ -137,14 +139,14 @@ def literal(net, x, target, area, method):
         wanted = torch.ones_like(flat)
         wanted[: int(len(flat) * (1 - area))] = 0
         # What is equal by symmetry differs by rounding, which is not to decide.
-        order = (flat.detach() * 2**30).round().sort(stable=True).indices
+        order = (flat.detach() * 2**16).round().sort(stable=True).indices
         energy = kept - lost - weight * (flat[order] - wanted).square().mean()
         descent.zero_grad()
         (-energy).backward()
         descent.step()
         p.data.clamp_(0, 1)
         weight *= 1.0035
-    return mask.detach(), float(kept - lost), float(whole.mean())
+    return mask.detach(), float((kept - lost).detach()), float(whole.detach().mean())
 
 
 CASES = list(itertools.product(("preserve", "delete", "dual"), ("simple", "contrastive"), ("blur", "fade")))
@@ -157,7 +159,7 @@ def test_maps_are_those_of_the_definition(variant, reward, perturbation, pooling
     net, x = strong(), images(1, 3, 24, 20)
     method = ExtremalPerturbation(
         areas=(0.2,),
-        iterations=9,
+        iterations=7,
         step=5,
         sigma=8.0 if pooling == "softmax" else 3.0,
         pooling=pooling,
@@ -377,12 +379,14 @@ def test_a_picture_through_a_mask_and_its_slope_are_those_of_the_definition(pert
 
 
 def small(**options):
-    return ExtremalPerturbation(**{"iterations": 6, "step": 4, "sigma": 6.0, "max_blur": 4.0, **options})
+    return ExtremalPerturbation(
+        **{"areas": (0.3,), "iterations": 5, "step": 4, "sigma": 6.0, "max_blur": 4.0, **options}
+    )
 
 
 @pytest.mark.parametrize("variant", ["preserve", "delete", "dual"])
 def test_several_pictures_classes_and_areas_together_are_each_as_alone(variant):
-    net, x, areas = strong(), images(3, 3, 16, 20), (0.1, 0.3, 0.05)
+    net, x, areas = strong(), images(3, 3, 16, 20), (0.3, 0.6, 0.2)
     found = small(areas=areas, variant=variant).attribute(bound(net, x, **ROWS), x)
     for row, (target, image) in enumerate(zip(ROWS["target"], ROWS["image"])):
         alone = [
@@ -401,8 +405,8 @@ def test_several_pictures_classes_and_areas_together_are_each_as_alone(variant):
 @pytest.mark.parametrize("combine", ["sum", "mean"])
 def test_several_areas_become_one_map(combine):
     net, x = strong(), images(2, 3, 16, 20)
-    parts = [small(areas=(area,)).attribute(bound(net, x, [1, 2]), x).map for area in (0.05, 0.2)]
-    found = small(areas=(0.05, 0.2), combine=combine).attribute(bound(net, x, [1, 2]), x).map
+    parts = [small(areas=(area,)).attribute(bound(net, x, [1, 2]), x).map for area in (0.2, 0.4)]
+    found = small(areas=(0.2, 0.4), combine=combine).attribute(bound(net, x, [1, 2]), x).map
     assert_close(found, (parts[0] + parts[1]) / (1 if combine == "sum" else 2), **EXACT)
 
 
@@ -411,7 +415,7 @@ def test_several_areas_become_one_map(combine):
 def test_micro_batches_change_nothing_and_pictures_without_rows_cost_nothing(micro_batch, variant):
     net, x = strong(), images(4, 3, 12, 10)
     rows = {"target": [0, 1, 3], "image": [0, 0, 2]}
-    method = small(areas=(0.1, 0.3), variant=variant, iterations=4)
+    method = small(areas=(0.2, 0.4), variant=variant, iterations=4)
     expected, seen = method.attribute(bound(net, x, **rows), x), []
     score = bound(net, x, **rows, micro_batch=micro_batch)
     handle = net.register_forward_pre_hook(lambda _net, given: seen.append(len(given[0])))
@@ -432,8 +436,9 @@ def test_running_out_of_memory_on_the_way_changes_nothing():
         if len(calls) > 2 and len(given[0]) > 2:
             raise torch.OutOfMemoryError("out of memory")
 
+    score = bound(net, x, **ROWS)
     handle = net.register_forward_pre_hook(limited)
-    found = small().attribute(bound(net, x, **ROWS), x).map
+    found = small().attribute(score, x).map
     handle.remove()
     assert calls[:5] == [4, 4, 4, 2, 2]
     assert_close(found, expected, **EXACT)
@@ -441,7 +446,7 @@ def test_running_out_of_memory_on_the_way_changes_nothing():
 
 def test_pictures_in_channels_last_give_the_same_and_the_network_sees_that_layout():
     net, x = strong(), images(3, 3, 16, 20)
-    expected, layouts = small(areas=(0.1, 0.2)).attribute(bound(net, x, **ROWS), x).map, set()
+    expected, layouts = small(areas=(0.2, 0.4)).attribute(bound(net, x, **ROWS), x).map, set()
     last = x.contiguous(memory_format=torch.channels_last)
 
     def look(_net, given):
@@ -449,8 +454,8 @@ def test_pictures_in_channels_last_give_the_same_and_the_network_sees_that_layou
 
     for pictures, told in ((x, False), (last, True)):
         handle = net.register_forward_pre_hook(look)
-        found = small(areas=(0.1, 0.2), jitter=False).attribute(bound(net, pictures, **ROWS), pictures).map
-        mirrored = small(areas=(0.1, 0.2)).attribute(bound(net, pictures, **ROWS), pictures).map
+        found = small(areas=(0.2, 0.4), jitter=False).attribute(bound(net, pictures, **ROWS), pictures).map
+        mirrored = small(areas=(0.2, 0.4)).attribute(bound(net, pictures, **ROWS), pictures).map
         handle.remove()
         assert layouts == {told}
         layouts.clear()
@@ -471,57 +476,46 @@ def test_a_picture_that_is_not_finite_has_a_map_that_is_not_and_leaves_the_other
 
 
 def region_case(size=32):
-    """A model that sees only a square of 10 pixels, all of it alike, on a picture of ones."""
-    weight = torch.zeros(2, size, size).double()
+    """A model that sees only a square of 10 pixels for each of two classes, on a picture of ones."""
+    weight = torch.zeros(2, size, size)
     weight[0, 6:16, 14:24] = 0.4
     weight[1, 20:30, 2:12] = 0.4
-    return Weighted(weight), torch.ones(1, 3, size, size).double(), weight > 0
+    return Weighted(weight), torch.ones(1, 3, size, size), weight > 0
 
 
 @pytest.mark.parametrize("variant", ["preserve", "delete", "dual"])
 def test_the_mask_lies_where_the_network_looks(variant):
     net, x, where = region_case()
     method = ExtremalPerturbation(
-        areas=(0.1,), iterations=150, step=4, sigma=4.0, perturbation="fade", variant=variant, jitter=False
+        iterations=100, step=4, sigma=4.0, perturbation="fade", variant=variant, jitter=False
     )
     found = method.attribute(bound(net, x, [0, 1], [0, 0]), x).map
     for mask, own, other in zip(found, where, where.flip(0)):
-        assert mask[own].mean() > 0.85
-        assert mask[other].mean() < 0.05
-        assert mask[own].sum() > 0.55 * mask.sum()
+        assert mask[own].mean() > 0.95
+        assert mask[other].mean() < 0.02
+        assert mask[own].sum() > 0.38 * mask.sum()  # of a tenth of the picture, in steps of 4 pixels
 
 
 def test_jitter_also_finds_the_mirror_image_of_what_the_network_looks_at():
     net, x, where = region_case()
-    method = ExtremalPerturbation(areas=(0.2,), iterations=150, step=4, sigma=4.0, perturbation="fade")
+    method = ExtremalPerturbation(areas=(0.2,), iterations=100, step=4, sigma=4.0, perturbation="fade")
     mask = method.attribute(bound(net, x, [0], [0]), x).map[0]
-    assert mask[where[0]].mean() > 0.85
-    assert mask[where[0].flip(1)].mean() > 0.85
+    mirror = where[0].flip(1)
+    assert mask[where[0]].mean() > 0.9
+    assert mask[mirror].mean() > 0.9
+    assert mask[~where[0] & ~mirror].mean() < 0.3
 
 
 @pytest.mark.parametrize("area", [0.05, 0.15, 0.4])
 def test_the_area_of_a_mask_approaches_what_was_asked(area):
-    net, x = made(PooledLinear), images(1, 3, 32, 32)
+    net, x = made(PooledLinear).float(), images(1, 3, 32, 32).float()
     method = ExtremalPerturbation(areas=(area,), step=4, sigma=4.0, max_blur=4.0)
     few, many = (
         replace(method, iterations=count).attribute(bound(net, x, [1]), x).extras["area"].item()
-        for count in (10, 250)
+        for count in (10, 100)
     )
-    assert abs(many - area) < 0.1 * area + 0.01
+    assert abs(many - area) < 0.03
     assert abs(many - area) < 0.2 * abs(few - area)
-
-
-def test_a_longer_search_finds_more_of_the_score_in_the_same_area():
-    net, x = strong(factor=150.0), images(1, 3, 24, 24, seed=2)
-    target = int(net(x).argmax())
-    method = small(areas=(0.3,), jitter=False, iterations=200, perturbation="fade")
-    kept = method.attribute(bound(net, x, [target]), x)
-    against = replace(method, variant="delete").attribute(bound(net, x, [target]), x)
-    through = [
-        float(net(x * (one.map[0] if sign else 1 - one.map[0]))[0, target])
-        for one, sign in ((kept, True), (against, False))
-    ]
-    assert through[0] > through[1] + 1
 
 
 # ---- options and precision ---------------------------------------------------------------------------------------
@@ -529,20 +523,21 @@ def test_a_longer_search_finds_more_of_the_score_in_the_same_area():
 
 def test_single_precision_finds_nearly_the_same():
     net, x = strong(), images(3, 3, 16, 20)
-    expected = small(areas=(0.1, 0.3)).attribute(bound(net, x, **ROWS), x)
-    found = small(areas=(0.1, 0.3)).attribute(bound(deepcopy(net).float(), x.float(), **ROWS), x.float())
+    expected = small(areas=(0.2, 0.4)).attribute(bound(net, x, **ROWS), x)
+    found = small(areas=(0.2, 0.4)).attribute(bound(deepcopy(net).float(), x.float(), **ROWS), x.float())
     assert found.map.dtype == torch.float32
     assert_close(found.map.double(), expected.map, rtol=0, atol=1e-3)
     assert_close(found.extras["reward"].double(), expected.extras["reward"], rtol=1e-3, atol=1e-3)
 
 
-def test_half_precision_pictures_have_masks_of_single_precision_inside():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_pictures_have_masks_of_single_precision_inside(dtype):
+    """e^20 is beyond float16."""
     net, x = strong(), images(1, 3, 16, 20)
-    expected = small(iterations=3).attribute(bound(net, x, [1]), x).map
-    half = x.bfloat16()
-    found = small(iterations=3).attribute(bound(deepcopy(net).bfloat16(), half, [1]), half).map
-    assert found.dtype == torch.bfloat16
-    assert_close(found.double(), expected, rtol=0, atol=0.1)
+    expected = small().attribute(bound(net, x, [1]), x).map
+    found = small().attribute(bound(deepcopy(net).to(dtype), x.to(dtype), [1]), x.to(dtype)).map
+    assert found.dtype == dtype
+    assert_close(found.double(), expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("scale", ["logit", "probability", "contrast"])

@@ -14,7 +14,6 @@ from captum.attr import KernelShap
 from coalitions import (
     CELLS,
     Fitted,
-    Game,
     captum_in_double,
     celled,
     cut,
@@ -35,7 +34,6 @@ from coalitions import (
 )
 from scipy.stats import chisquare
 from sklearn.linear_model import LinearRegression
-from torch import nn
 from torch.testing import assert_close
 from toys import PooledLinear, Residual, Tokens, bound, images, made
 
@@ -55,6 +53,12 @@ def setting(kind):
     """A network, three images, and the score of four rows on them."""
     net, x = made(kind), images(3, 3, 16, 16)
     return net, x, celled(bound(net, x, **ROWS), *LABELS)
+
+
+def fresh(kind):
+    """The same, with nothing known of the images or of the picture without any."""
+    net, x, score = setting(kind)
+    return net, x, replace(score, memo={}, scales={})
 
 
 def samples_of(method, score, x, image=0):
@@ -145,7 +149,7 @@ def test_maps_solve_the_constrained_least_squares(kind, paired):
 
 
 def test_all_sets_give_exact_shapley_values_also_where_numbers_of_features_differ():
-    net, x, score = setting(Residual)
+    net, x, score = fresh(Residual)
     method = KernelSHAP(samples=510, segments=CELLS)
     found, seen = seen_by(net, lambda: method.attribute(score, x))
     for row, (target, image) in enumerate(zip(ROWS["target"], ROWS["image"])):
@@ -399,8 +403,10 @@ def test_the_standard_error_says_how_far_the_map_is_from_its_limit(options):
         scores = polynomial(12, centre=0.2)(kept.double())
         model = LinearRegression().fit(kept.numpy(), scores.numpy(), sample_weight=kernel(kept).numpy())
         limit = torch.from_numpy(model.coef_)
-    maps, errors, _ = over_seeds(KernelSHAP(samples=300, segments=CELLS, **options), score, x, 60)
+    maps, errors, _ = over_seeds(KernelSHAP(samples=200, segments=CELLS, **options), score, x, 48)
     ratio = honesty(maps, errors, limit)
+    if options.get("paired", True):  # which have no error in the first, see below
+        ratio = ratio[1:]
     assert (ratio > 0.7).all(), ratio
     assert (ratio < 1.4).all(), ratio
 
@@ -422,12 +428,12 @@ def test_pairs_take_out_what_interactions_of_two_bring_and_the_standard_error_kn
 def test_until_stops_and_is_honest_about_where():
     score, x = game(polynomial(12, centre=0.2), [2], torch.arange(256).view(16, 16) % 12)
     limit = shapley(polynomial(12, centre=0.2)(every(12).double())[:, 2])[None]
-    method = KernelSHAP(samples=4000, segments=CELLS, until={"stable": 0.02})
+    method = KernelSHAP(samples=4000, segments=CELLS, until={"stable": 0.05})
     maps, errors, forwards = over_seeds(method, score, x, 40)
     span = maps.amax(2) - maps.amin(2)
-    assert (errors <= 0.02 * span).all()
+    assert (errors <= 0.05 * span).all()
     assert (forwards < 4000).all()
-    assert (forwards > 128).any()
+    assert (forwards > 256).any()
     ratio = honesty(maps, errors, limit)
     assert (ratio > 0.7).all(), ratio
     assert (ratio < 1.4).all(), ratio
@@ -436,7 +442,7 @@ def test_until_stops_and_is_honest_about_where():
 
 
 def test_exact_images_are_never_stopped_half_way():
-    net, x, score = setting(Residual)
+    _, x, score = setting(Residual)
     method = KernelSHAP(samples=510, segments=CELLS, until={"stable": 0.9})
     found = method.attribute(score, x)
     assert found.extras["forwards"].tolist() == [510, 510, 14, 510]

@@ -13,7 +13,6 @@ from captum.attr._core.lime import default_from_interp_rep_transform
 from coalitions import (
     CELLS,
     Fitted,
-    Game,
     captum_in_double,
     celled,
     cut,
@@ -148,19 +147,10 @@ def test_maps_and_r2_are_those_of_sklearn_on_the_pictures_with_any_substrate(sub
         assert weights.max() > 1.5 * weights.min()
 
 
-def test_euclidean_distance_is_of_the_pictures_also_where_pixels_are_imputed():
-    net, x, score = setting(Residual)
-    method = LIME(samples=30, segments="grid:3", substrate="imputation", **NARROW)
-    one = replace(bound(net, x[:1], [1]), pictures={}).scaled("probability")
-    found, seen = seen_by(net, lambda: method.attribute(one, x[:1]))
-    pictures = torch.cat(seen)
-    kept = samples_of(method, one, x[:1])
-    assert len(pictures) == 30
-    weights = (-(pictures - x[:1]).square().sum((1, 2, 3)) / method.kernel_width**2).exp().numpy()
-    scores = net(pictures).softmax(1)[:, 1].detach().numpy()
-    b = Ridge(alpha=1.0).fit(kept.numpy().astype(float), scores, sample_weight=weights).coef_
-    expected = torch.from_numpy(b)[grid((16, 16), 3)]
-    assert_close(found.map[0], expected, rtol=1e-7, atol=1e-8 * float(expected.abs().max()))
+def test_what_imputation_shows_for_a_feature_depends_on_the_others_so_it_has_no_distance():
+    with pytest.raises(ConfigError, match="euclidean is a sum over features"):
+        build({"name": "lime", "distance": "euclidean", "substrate": "imputation"})
+    assert build({"name": "lime", "substrate": "imputation"}).distance == "cosine"
 
 
 @pytest.mark.parametrize("substrate", ["constant", "blur", "uniform"])
@@ -252,6 +242,16 @@ def test_samples_too_far_away_to_weigh_anything_leave_zeros_by_the_ridge():
     _, x, score = setting(Residual)
     found = LIME(samples=30, segments=CELLS, distance="euclidean", kernel_width=0.2).attribute(score, x)
     assert_close(found.map, torch.zeros_like(found.map))
+
+
+def test_an_image_that_is_not_finite_spoils_its_own_map_alone():
+    _, x, score = setting(Residual)
+    broken = x.clone()
+    broken[1, 0, 3, 3] = torch.nan
+    method = LIME(samples=30, segments=CELLS, **NARROW)
+    found, expected = method.attribute(score, broken).map, method.attribute(score, x).map
+    assert_close(found[[0, 1, 3]], expected[[0, 1, 3]])
+    assert torch.isnan(found[2]).all()
 
 
 def test_one_feature_is_the_difference_that_it_makes():

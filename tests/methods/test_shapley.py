@@ -88,7 +88,7 @@ def test_maps_are_those_of_captum_with_the_same_orders(kind, monkeypatch):
                 x[image : image + 1],
                 target=target,
                 n_samples=6,
-                feature_mask=LABELS[image][None, None].expand(1, 3, -1, -1),
+                feature_mask=LABELS[image][None, None],
                 perturbations_per_eval=4,
             )
         assert one.dtype == torch.float64
@@ -130,7 +130,6 @@ def test_passes_are_orders_by_all_features_but_one(micro_batch):
     method = ShapleySampling(orders=3, segments=CELLS)
     found, seen = seen_by(net, lambda: method.attribute(score, x))
     assert sum(map(len, seen)) == 3 * (8 + 3 + 8) + 3 + 1  # and the images, and none of them
-    assert max(map(len, seen)) <= micro_batch
     assert found.extras["forwards"].tolist() == [24, 24, 9, 24]
 
 
@@ -145,7 +144,8 @@ def test_a_single_order_has_no_standard_error():
 def test_one_feature_is_the_whole_difference_and_costs_two_passes(orders):
     net, x = made(Residual), images(2, 3, 16, 16)
     method = ShapleySampling(orders=orders, segments="grid:1")
-    found, seen = seen_by(net, lambda: method.attribute(bound(net, x, [1, 2]), x))
+    score = bound(net, x, [1, 2])
+    found, seen = seen_by(net, lambda: method.attribute(score, x))
     expected = (net(x) - net(torch.zeros_like(x)))[[0, 1], [1, 2]].detach()
     assert_close(found.map, expected[:, None, None].expand(2, 16, 16), rtol=1e-12, atol=1e-14)
     assert found.extras["forwards"].tolist() == [0, 0]
@@ -201,7 +201,7 @@ def test_a_feature_that_never_counts_gets_nothing_and_a_linear_one_its_coefficie
         ).exp()
 
     score, x = game(play)
-    phi = numbers(ShapleySampling(orders=3, segments=CELLS), score, x)[0]
+    phi = numbers(ShapleySampling(orders=40, segments=CELLS), score, x)[0]
     assert (phi[6:] == 0).all()
     assert (phi[2:6] != 0).all()
     score, x = game(lambda seen: 3 * seen[:, 2:3] + (seen[:, :1] * seen[:, 1:2]))
@@ -237,7 +237,7 @@ def test_every_order_is_as_likely_as_any_other():
 
 
 def test_orders_belong_to_the_seed_and_the_image():
-    net, x, score = setting(Residual)
+    _, _, score = setting(Residual)
     method = ShapleySampling(orders=20, segments=CELLS)
     first = orders_of(method, score, 0, 9)
     assert torch.equal(first[:7], orders_of(ShapleySampling(orders=7, segments=CELLS), score, 0, 9))

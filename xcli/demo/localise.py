@@ -36,6 +36,13 @@ SHORTER: dict[str, dict[str, object]] = {
     "smoothgrad": {"samples": 20},
     "squaregrad": {"samples": 20},
     "vargrad": {"samples": 20},
+    "rise": {"masks": 300},
+    "lime": {"samples": 200},
+    "kernel-shap": {"samples": 200},
+    "shapley-sampling": {"orders": 4},
+    "sobol": {"grid": 6, "samples": 8},
+    "hsic": {"samples": 200},
+    "extremal-perturbation": {"areas": (0.05,), "iterations": 60},
 }
 """Options for methods that take hours at their defaults, or need some; the table says so."""
 

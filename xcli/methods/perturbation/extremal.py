@@ -23,8 +23,9 @@ RATE, MOMENTUM = 0.01, 0.9
 WEIGHT, GROWTH = 300.0, 1.0035
 """Of the area, and what it is multiplied by after each iteration."""
 
-BITS = {torch.float32: 16, torch.float64: 30}
-"""Masks are ranked by their values to so many bits: rounding does not tell those apart that are equal by symmetry."""
+BITS = 16
+"""Masks are ranked by their values to so many bits, so that rounding does not tell pixels apart that are equal by
+symmetry: which of these are to be 1 would differ from device to device, and the search with it."""
 
 Area = Annotated[float, Field(gt=0, le=1)]
 
@@ -49,10 +50,13 @@ class ExtremalPerturbation(Method):
     have, of that iteration and as means over ``areas``, the ``reward`` and the ``area`` of the mask with its margin,
     and ``forwards``, the passes. No graph is kept: a mask is the end of a search.
 
+    ``pooling: sum`` and ``sigmoid`` start at a mask of 1, where nothing moves them, unless ``sigma`` is below a step.
+    On pictures of few pixels the steps are large, and a small area may at first leave nothing at all.
+
     Source: Fong, Patrick and Vedaldi 2019, arXiv:1910.08485, and the code of the authors, TorchRay, whose definition
     this is; the area counts the margin, as there, so the picture's share is somewhat larger. Departures: a mask is
-    never smaller than the picture, as theirs is with ``sigma`` below a step; equal pixels are told apart by their
-    order instead of by rounding. Preset ``pointing-game``: their areas on VOC, the sum smoothed as at 224 pixels.
+    never smaller than the picture, as theirs is with ``sigma`` below a step; pixels equal to 16 bits are told apart by
+    their order instead of by rounding. Preset ``pointing-game``: their areas on VOC, the sum smoothed as at 224 pixels.
 
     Raises:
         ModelError: the maps are to be trained through.
@@ -167,7 +171,7 @@ class ExtremalPerturbation(Method):
 
 def precise(x: Tensor) -> torch.dtype:
     """The type that masks are computed in: single precision at least, as e^20 asks for."""
-    return x.dtype if x.dtype in BITS else torch.float32
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Target:
 
     def ones(self, mask: Tensor) -> Tensor:
         """Which pixels of the masks (M, n) shall be 1, bool: after a stable sort those past the zeros."""
-        ranked = mask.mul(2 ** BITS[mask.dtype]).round_().long()  # no two are equal once their place counts
+        ranked = mask.mul(2**BITS).round_().long()  # no two are equal once their place counts
         ranked = ranked.mul_(self.pixels).add_(torch.arange(self.pixels, device=mask.device))
         ranked = ranked.unflatten(0, (-1, len(self.zeros)))
         lowest = [

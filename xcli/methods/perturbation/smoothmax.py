@@ -18,8 +18,8 @@ TEMPERATURE = 20.0
 LEVEL = 3.0
 """What is subtracted under the logistic function of the pooling ``sigmoid``."""
 
-CACHED = 2**21
-"""Bytes of a piece of the table on a CPU: with what is made of it, it stays in the second cache."""
+CACHED = 2**23
+"""Bytes of a piece of the table on a CPU, so that what is made of it stays in the last cache."""
 
 TABLE = 2**28
 """Bytes that the table of the masks that are made together may have."""
@@ -146,7 +146,8 @@ class SmoothMask:
             \Big((1 + 20 v_{qi}) \sum_u \frac{g_u}{D_u} - 20 \sum_u \frac{g_u m_u}{D_u}\Big)
 
         over the distances q, and over the pixels u that have the point i at that distance. Where a mask was brought to
-        [0, 1] it does not depend on p; at 0 and 1 themselves it does, as for ``torch.clamp``.
+        [0, 1] it does not depend on p; at 0 and 1 themselves it does, as ``torch.clamp`` had it when the paper was
+        written (where it ends there, a mask that is 0 can never rise again).
         """
         found, first = [], 0
         for number, (columns, raw) in enumerate(zip(self.columns(p), pooled.raw, strict=True)):
@@ -229,7 +230,7 @@ def tables(size: tuple[int, int], step: int, sigma: float, device: torch.device)
     ]
     outer = (step * (cells[0] - 1) + 1, step * (cells[1] - 1) + 1)
     near = torch.arange(2 * radius + 1) - padding  # points around a pixel, counted from the one of its cell
-    away = torch.arange(step)[:, None] - sigma - step * near.double()  # (step, 2 r + 1), pixels
+    away = torch.arange(step).double()[:, None] - sigma - step * near  # (step, 2 r + 1), pixels
     square = away[:, None, :, None].square() + away[None, :, None, :].square()
     square, which = square.unique(return_inverse=True)  # (Q,), (step, step, 2 r + 1, 2 r + 1)
     kernel = torch.exp(-2 * (square.sqrt() / sigma - 0.5).clamp_min(0).square())
