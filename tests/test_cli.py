@@ -214,7 +214,12 @@ def test_schema_is_json_and_knows_every_method(xai):
 def test_methods_lists_every_method_on_a_line_below_its_family(xai):
     lines = xai("methods").stdout.splitlines()
     assert sorted(line.split()[0] for line in lines if "  " in line) == list(registered())
-    assert [line for line in lines if line and "  " not in line] == ["baselines", "cam", "gradient", "perturbation"]
+    assert [line for line in lines if line and "  " not in line] == [
+        "baselines",
+        "cam",
+        "gradient",
+        "perturbation",
+    ]
     assert lines.index("gradient") < [line.split(" ")[0] for line in lines].index("saliency")
     listed = json.loads(xai("methods", "--json").stdout)
     assert sorted(entry["name"] for entry in listed) == list(registered())

@@ -71,8 +71,8 @@ class BlackBox(Method):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Maps (n, ...) of some rows, and for each the standard error (n,): the root of the mean over the map's cells of
-    the squared standard errors, in the map's unit; and what the method adds, (n,) each."""
+    """Maps (n, ...) of some rows, and for each the standard error (n,): the root of the mean over the map's cells, or
+    features, of the squared standard errors, in the map's unit; and what the method adds, (n,) each."""
 
     map: Tensor
     error: Tensor
@@ -116,8 +116,8 @@ class Sampling(BlackBox):
     """A method that estimates its map from random copies, drawn for each image from the run's seed and its key.
 
     ``extras`` have for each row ``forwards``, the copies of its image that were run, and ``standard_error``: how far,
-    by the scatter of the samples, the map lies from that of endless sampling, as the root of the mean over the map's
-    cells, in the map's unit. ``until: {stable: 0.01}`` stops for an image when the standard error of each of its rows
+    by the scatter of the samples, the map lies from that of endless sampling, as the root of the mean square over its
+    cells or features, in the map's unit. ``until: {stable: 0.01}`` stops for an image when the standard error of each of its rows
     is at most 0.01 of the range of the map, that is, when drawing on would no longer move it; what the method is told
     to draw is then the most. Looks at a running estimate favour a lucky one a little, the less the more samples run.
     """

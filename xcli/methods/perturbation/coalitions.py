@@ -87,6 +87,8 @@ def least_squares(
     weighed = design.mT * weights
     gram = weighed @ design
     gram.diagonal().add_(ridge)
+    if not torch.isfinite(gram).all():  # a picture that is not finite has no distance
+        return values @ weighed.mT * torch.nan, weighed * torch.nan
     lever = torch.linalg.pinv(gram, rtol=1e-10, hermitian=True) @ weighed
     return values @ lever.mT, lever
 
@@ -94,9 +96,12 @@ def least_squares(
 def scattered(lever: Tensor, off: Tensor, unit: int = 1) -> Tensor:
     """Standard errors (n, F) of least squares from what the values are off (n, S), as they are: no two alike.
 
-    Samples that belong together, ``unit`` at a time, count as one (White 1980; Liang and Zeger 1986).
+    Samples that belong together, ``unit`` at a time, count as one (White 1980; Liang and Zeger 1986). Infinite where
+    there are no more of them than features: a fit through every value says nothing about its error.
     """
     moved = (lever * off[:, None]).unflatten(2, (-1, unit)).sum(3)  # (n, F, S / unit)
-    free = max(1, moved.shape[2] - lever.shape[0])
+    free = moved.shape[2] - lever.shape[0]
+    if free <= 0:
+        return torch.full_like(moved[..., 0], torch.inf) if moved.shape[2] else moved.sum(2)
     error: Tensor = (moved.square().sum(2) * moved.shape[2] / free).sqrt()
     return error

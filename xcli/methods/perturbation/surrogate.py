@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xcli import draws
 from xcli.baselines import Removal
+from xcli.errors import ConfigError
 from xcli.methods.perturbation.base import Sampling
 from xcli.methods.perturbation.coalitions import Coalitions, Fit, least_squares, scattered, wide
 from xcli.registry import method
@@ -38,7 +39,11 @@ class LIME(Removal, Sampling):
     ``segments`` names superpixels; every feature counts, instead of the K best. The authors' package takes
     quickshift:4, the square root of the kernel, which is ``kernel_width: 0.3536`` here, each superpixel's mean colour
     as what is shown, and counts the picture itself as a sample. Preset ``xplique``: 150 samples, quickshift:2 (with
-    ratio 0.5 there), Euclidean distance, width 45, ridge 2, in the units of its own input.
+    ratio 0.5 there), Euclidean distance, width 45, ridge 2. Its pictures go from 0 to 1; for input that is divided by a
+    deviation of 0.225 the same width is 200, and at 45 the weights are so small that ridge leaves nothing of the map.
+
+    Raises:
+        ConfigError: Euclidean distance with imputation, which is no sum over features.
     """
 
     scale: ClassVar[Scale] = "probability"
@@ -68,6 +73,13 @@ class LIME(Removal, Sampling):
         float, Field(ge=0, allow_inf_nan=False, description="penalty on the squared coefficients")
     ] = 1.0
 
+    def __post_init__(self) -> None:
+        if self.distance == "euclidean" and self.substrate == "imputation":
+            raise ConfigError(
+                "distance: euclidean is a sum over features; what imputation shows for one depends on the others: "
+                "take cosine, or another substrate"
+            )
+
     def design(self, score: Score, x: Tensor) -> Coalitions:
         label, features = segmented(score, x, self.segments)
         apart = self.apart(score, x, label, int(features.max()))
@@ -77,8 +89,7 @@ class LIME(Removal, Sampling):
                 squared = (1 - kept.mean(1).sqrt()).square()
             else:
                 squared = (1 - kept) @ apart[image, : kept.shape[1]]
-            weights = (-squared / self.kernel_width**2).exp()
-            return with_intercept(kept, scores, weights, self.ridge)
+            return with_intercept(kept, scores, -squared / self.kernel_width**2, self.ridge)
 
         count = torch.full((len(x),), self.samples)
         seeds = score.seeds(torch.arange(len(x)), self.name)
@@ -103,15 +114,19 @@ class Independent(Coalitions):
         return draws.uniform(own, int(self.features.max())) < self.keep
 
 
-def with_intercept(kept: Tensor, scores: Tensor, weights: Tensor, ridge: float) -> Fit:
-    """Weighted ridge regression with an intercept of its own: coefficients, errors, and r2."""
-    share = weights / weights.sum()
+def with_intercept(kept: Tensor, scores: Tensor, log_weights: Tensor, ridge: float, unit: int = 1) -> Fit:
+    """Weighted ridge regression with an intercept of its own: coefficients, errors, and r2.
+
+    Weights come as logarithms, as all of them may be too small to be told from 0.
+    """
+    share, weights = log_weights.softmax(0), log_weights.exp()
+    scores = scores - scores[:, :1]  # so that scores that do not vary are exactly 0
     middle, mean = share @ kept, scores @ share
     centred, off = kept - middle, scores - mean[:, None]
     found, lever = least_squares(centred, off, weights, ridge)
     left = off - found @ centred.mT
     r2 = 1 - (left.square() @ share) / (off.square() @ share)
-    return found, scattered(lever, left), {"r2": r2}
+    return found, scattered(lever, left, unit), {"r2": r2}
 
 
 @method("kernel-shap")
@@ -128,7 +143,8 @@ class KernelSHAP(Removal, Sampling):
     of the score. Solved in float64 on the device, once an image for all its rows.
 
     Source: Lundberg and Lee 2017, arXiv:1705.07874. ``paired``: each set is followed by its complement, as in the
-    authors' package, which takes noise out of the estimate (Covert and Lee 2021, arXiv:2012.01536). Preset ``xplique``:
+    authors' package, which takes the noise of interactions between two features out of the estimate (Covert and Lee
+    2021, arXiv:2012.01536), and adds some for those between three. Preset ``xplique``:
     800 single sets, quickshift:2 (with ratio 0.5 there), and a free intercept in place of the constraints.
     """
 
@@ -161,7 +177,7 @@ class KernelSHAP(Removal, Sampling):
         def fit(row: Tensor, image: int, kept: Tensor, scores: Tensor) -> Fit:
             weights = shapley_kernel(kept) if exact[image] else torch.ones_like(kept[:, 0])
             if ends is None:
-                found, error, _ = with_intercept(kept, scores, weights, 0.0)
+                found, error, _ = with_intercept(kept, scores, weights.log(), 0.0, unit)
             else:
                 none, whole = (end[row.to(end.device)].to(scores) for end in ends)
                 found, error = shared_out(kept, scores - none[:, None], weights, whole - none, unit)
@@ -202,8 +218,7 @@ def shared_out(
     uneven = kept - kept.mean(1, keepdim=True)  # the sets seen by coefficients that sum to 0
     left = scores - equal * kept.sum(1)
     found, lever = least_squares(uneven, left, weights)
-    together = unit if kept.shape[0] % unit == 0 else 1
-    return equal + found, scattered(lever, left - found @ uneven.mT, together)
+    return equal + found, scattered(lever, left - found @ uneven.mT, unit)
 
 
 @dataclass
