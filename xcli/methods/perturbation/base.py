@@ -117,9 +117,10 @@ class Sampling(BlackBox):
 
     ``extras`` have for each row ``forwards``, the copies of its image that were run, and ``standard_error``: how far,
     by the scatter of the samples, the map lies from that of endless sampling, as the root of the mean square over its
-    cells or features, in the map's unit. ``until: {stable: 0.01}`` stops for an image when the standard error of each of its rows
-    is at most 0.01 of the range of the map, that is, when drawing on would no longer move it; what the method is told
-    to draw is then the most. Looks at a running estimate favour a lucky one a little, the less the more samples run.
+    cells or features, in the map's unit. ``until: {stable: 0.01}`` stops for an image when the standard error of each
+    of its rows is at most 0.01 of the range of the map, that is, when drawing on would no longer move it; what the
+    method is told to draw is then the most. Looks at a running estimate favour a lucky one a little, the less the more
+    samples run.
     """
 
     until: Annotated[
