@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from tokenize import TokenError
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor
@@ -19,13 +20,24 @@ from xcli.score import Score
 KINDS: dict[str, type] = {"grid": int, "slic": int, "quickshift": float, "felzenszwalb": float}
 """What the number behind each name is."""
 
+LEAST = {"grid": 1, "slic": 1, "quickshift": 1}
+"""The smallest number of each, where not any above 0."""
+
 FILES = (".png", ".npy")
 GIVEN = "given:"
+
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, SyntaxError, TokenError, Image.DecompressionBombError)
+"""What Pillow and NumPy raise, depending on where a file is damaged."""
+
+
+def is_file(spec: str) -> bool:
+    """Whether ``spec`` names a label map."""
+    return Path(spec).suffix.lower() in FILES and not spec.startswith(GIVEN)
 
 
 def _known(spec: str) -> str:
     kind, _, number = spec.partition(":")
-    if (spec.startswith(GIVEN) and number) or Path(spec).suffix.lower() in FILES:
+    if (spec.startswith(GIVEN) and number) or is_file(spec):
         return spec
     if kind not in KINDS:
         raise PydanticCustomError(
@@ -35,8 +47,9 @@ def _known(spec: str) -> str:
         value = KINDS[kind](number)
     except ValueError:
         value = 0
-    if not 0 < value < 1e6:
-        raise PydanticCustomError("segments", f"{kind}: needs a positive number behind it, such as {kind}:7")
+    if not LEAST.get(kind, 0) <= value < 1e6 or not value:
+        least = f"a number of at least {LEAST[kind]}" if kind in LEAST else "a positive number"
+        raise PydanticCustomError("segments", f"{kind}: needs {least} behind it, such as {kind}:7")
     if kind != "grid" and find_spec("skimage") is None:
         raise PydanticCustomError("segments", f"{kind} needs scikit-image: pip install 'xcli[segments]'")
     return spec
@@ -73,15 +86,15 @@ def segmented(score: Score, x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
 def _segmented(score: Score, x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
     kind, _, number = spec.partition(":")
     size = (x.shape[-2], x.shape[-1])
-    if kind == "grid":
+    if is_file(spec):
+        labels = label_map(spec, size).expand(len(x), -1, -1)
+    elif kind == "grid":
         labels = grid(size, int(number)).expand(len(x), -1, -1)
     elif spec.startswith(GIVEN):
         labels = _given(score.picture(number), x)
-    elif kind in KINDS:
+    else:
         shown = [shaded(image) for image in x.cpu().double()]
         labels = torch.stack([consecutive(superpixels(image, kind, float(number))) for image in shown])
-    else:
-        labels = label_map(spec, size).expand(len(x), -1, -1)
     return labels.to(x.device), labels.amax((1, 2)) + 1
 
 
@@ -131,13 +144,13 @@ def label_map(path: str, size: tuple[int, int]) -> Tensor:
     """
     try:
         if path.lower().endswith(".npy"):
-            read = np.load(path, allow_pickle=False)
+            read: np.ndarray[Any, Any] = np.lib.format.open_memmap(path, mode="r")
         else:
             with Image.open(path) as image:
                 read = np.asarray(image)
-    except (OSError, ValueError, EOFError, UnidentifiedImageError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"segments: {path} cannot be read as a label map: {error}") from None
-    if read.ndim == 3:  # every colour is a label
+    if read.ndim == 3 and read.size and read.dtype.kind in "iub":  # every colour is a label
         read = np.unique(read.reshape(-1, read.shape[2]), axis=0, return_inverse=True)[1].reshape(
             read.shape[:2]
         )

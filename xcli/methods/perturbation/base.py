@@ -25,9 +25,12 @@ since a copy is made when its pass runs, and again where memory ran out."""
 LOOK, UNITS = 128, 16
 """Passes and units of an image that have run when its map is first looked at; later a quarter more each time."""
 
+ROUNDING = 16
+"""Units of rounding of a map's largest number that no standard error is held to."""
+
 
 def asked(score: Score, x: Tensor, image: Tensor, sample: Tensor, altered: Altered) -> Tensor:
-    """The scores of altered copies: a table (N, S), S the largest of ``sample`` and one; 0 where nothing was asked.
+    """The scores of altered copies: a table (N, S), S the largest of ``sample`` plus one; 0 where nothing was asked.
 
     Copies of all images share micro-batches of as many as are worth while, which nothing but memory bounds; only those
     of one micro-batch exist at once, and each is run once for all rows of its image.
@@ -117,16 +120,16 @@ class Sampling(BlackBox):
 
     ``extras`` have for each row ``forwards``, the copies of its image that were run, and ``standard_error``: how far,
     by the scatter of the samples, the map lies from that of endless sampling, as the root of the mean square over its
-    cells or features, in the map's unit. ``until: {stable: 0.01}`` stops for an image when the standard error of each
-    of its rows is at most 0.01 of the range of the map, that is, when drawing on would no longer move it; what the
-    method is told to draw is then the most. Looks at a running estimate favour a lucky one a little, the less the more
-    samples run.
+    cells or features, in the map's unit. ``until: {stable: 0.05}`` stops for an image when the standard error of each
+    of its rows is at most 0.05 of the range of the map, that is, when drawing on would hardly move it; what the method
+    is told to draw is then the most. Looks at a running estimate favour a lucky one a little, the less the more samples
+    run. The error falls with the root of their number: 0.01 takes 25 times as many as 0.05.
     """
 
     until: Annotated[
         Until | None,
         Field(
-            description="{stable: 0.01}: stop for an image when its map's standard error is at most this share of the "
+            description="{stable: 0.05}: stop for an image when its map's standard error is at most this share of the "
             "map's range; null: draw all"
         ),
     ] = None
@@ -176,7 +179,8 @@ def next_look(done: int, unit: int) -> int:
 
 def settled(found: Estimate, stable: float, image: Tensor, left: Tensor) -> Tensor:
     """Of the images ``left`` (k,), whether the maps of all rows, which are of images ``image`` (n,), stand still."""
-    cells = found.map.flatten(1)
-    still = found.error <= stable * (cells.amax(1) - cells.amin(1))  # (n,), False for NaN
+    low, high = found.map.flatten(1).aminmax(dim=1)
+    rounding = ROUNDING * torch.finfo(low.dtype).eps * torch.maximum(high, -low)  # all that a flat map has
+    still = found.error <= stable * (high - low) + rounding  # (n,), False for NaN
     moving = image[~still.cpu()]
     return ~torch.isin(left, moving)

@@ -45,7 +45,7 @@ class HSIC(CellMasks):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "xplique": {"points": "sobol", "divide": "n"},
     }
-    small: ClassVar[Mapping[str, object]] = {"grid": 3, "samples": 24}
+    small: ClassVar[Mapping[str, object]] = {"grid": 2, "samples": 12}
 
     samples: Annotated[int, Field(ge=2, description="random masks; with until, at most")] = 500
     points: Points = "lhs"

@@ -33,9 +33,10 @@ class Occlusion(Removal, BlackBox):
     the map of a linear model is, patch by patch, the exact sum of its terms. ``extras/forwards``: the patches.
 
     Source: Zeiler and Fergus 2014, arXiv:1311.2901, who fix neither number. Left open, ``patch`` is a seventh of the
-    shorter side and ``stride`` half of that. Preset ``captum``: the logit is asked for (``score: logit``) and patch and
-    stride are 3, its mean over overlaps being the default here. Preset ``xplique``: sums over overlaps, patch and
-    stride 3, and only patches that lie inside the picture as a whole, so that a margin may stay 0.
+    shorter side and ``stride`` half of that. Preset ``captum``: patch and stride 3; its mean over overlaps is the
+    default here, but it explains the logit, ``score: logit``. Preset ``xplique``: sums over overlaps, patch and stride
+    3, and only patches that lie inside the picture as a whole, so that a margin may stay 0 (a patch that is larger
+    than the picture is cut to it).
     """
 
     scale: ClassVar[Scale] = "probability"
@@ -45,7 +46,7 @@ class Occlusion(Removal, BlackBox):
         "captum": {"patch": 3, "stride": 3},
         "xplique": {"patch": 3, "stride": 3, "overlaps": "sum", "border": "inside"},
     }
-    small: ClassVar[Mapping[str, object]] = {"patch": 24, "stride": 20}
+    small: ClassVar[Mapping[str, object]] = {"patch": 64, "stride": 48}
 
     patch: Annotated[
         int | None, Field(ge=1, description="side of a patch, pixels; null: a seventh of the shorter side")

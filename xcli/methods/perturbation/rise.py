@@ -41,10 +41,12 @@ class RISE(Removal, Sampling):
     Masks belong to the image, the run's seed and their number, so the first 1 000 of 4 000 are those of 1 000.
 
     Masks are drawn as the authors' code does (``drawn: rise``): a cell has the size that fits rounded up, and the grid
-    is mirrored at its border. ``torchray`` keeps cells at that size exactly and mirrors the grid into the cell too
-    many; ``xplique`` repeats the outermost cells and rounds the up-sampled side down. ``normalise: coverage`` divides
+    is mirrored at its border. ``torchray`` makes cells of the size that
+    the picture and one more cell need, rounded up, and mirrors the grid likewise; ``xplique`` repeats the outermost
+    cells, and is the picture and one more cell wide, rounded down (its own code draws one offset for many masks).
+    ``normalise: coverage`` divides
     by the sum of the masks at each pixel instead of its expectation, which takes the chance surplus of masks out of
-    the map: a constant score then gives a flat map.
+    the map: a constant score then gives a flat map, and ``until`` ends sooner.
 
     Source: Petsiuk, Das and Saenko 2018, arXiv:1806.07421; 4 000 masks as for VGG-16 there, 8 000 for ResNet-50.
     Presets: ``rise-o``, the authors' notebook: 6 000 masks, 8 cells, p 0.1; ``torchray``: 8 000 masks, the logistic
@@ -60,7 +62,7 @@ class RISE(Removal, Sampling):
         "torchray": {"masks": 8000, "drawn": "torchray", "normalise": "count", "logistic": True},
         "xplique": {"drawn": "xplique", "normalise": "coverage", "eps": 1e-4},
     }
-    small: ClassVar[Mapping[str, object]] = {"masks": 20}
+    small: ClassVar[Mapping[str, object]] = {"masks": 12}
 
     masks: Annotated[int, Field(ge=2, description="random masks; with until, at most")] = 4000
     cells: Annotated[int, Field(ge=1, description="cells of a mask along each side")] = 7
@@ -141,7 +143,7 @@ class Masks(Design):
                 expected = size / total * whole[:-1]
         maps = whole[:-1] / below
         off = (sums[:, :-1] - expected).square().sum(0) * len(runs) / max(len(runs) - 1, 1)  # of the sum
-        return maps, (off / below.square()).mean((1, 2)).sqrt()
+        return maps, (off.sqrt() / below).square().mean((1, 2)).sqrt()
 
     def weighed(self, image: int, weights: Tensor, first: int, last: int) -> Tensor:
         """The sum of masks ``first`` to ``last``, each times its weight, (n, H, W) for weights (n, S).
@@ -155,8 +157,8 @@ class Masks(Design):
             grid, down, right = self.parts(torch.full_like(sample, image), sample)
             left = (down @ grid).permute(1, 0, 2)  # (H, m, s)
             below = right.permute(0, 2, 1).flatten(0, 1)  # (m s, W)
-            for own, weight in zip(total, weights[:, start : start + len(sample)].to(left), strict=True):
-                own += (left * weight[:, None]).flatten(1) @ below
+            part = weights[:, start : start + len(sample)].to(left)
+            total = total + torch.stack([(left * weight[:, None]).flatten(1) @ below for weight in part])
         return total
 
 
@@ -167,7 +169,8 @@ def upsampling(side: int, cells: int, drawn: Drawn, like: Tensor) -> Tensor:
         case "rise":
             long, shifts, scale, mirrored = (cells + 1) * size, size, (cells + 1) * size / cells, True
         case "torchray":
-            long, shifts, scale, mirrored = side + size, size, float(size), True
+            long, shifts = side + size, size
+            scale, mirrored = float(math.ceil(long / cells)), True
         case _:
             long = side + side // cells
             shifts, scale, mirrored = long - side + 1, long / cells, False

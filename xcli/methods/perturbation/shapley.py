@@ -36,7 +36,7 @@ class ShapleySampling(Removal, BlackBox):
 
     cost: ClassVar[str] = "orders * (features - 1) forwards; and 1 of the image and 1 of none of it"
     source: ClassVar[str] = "Castro et al. 2009, doi:10.1016/j.cor.2008.04.004"
-    small: ClassVar[dict[str, object]] = {"orders": 3, "segments": "grid:3"}
+    small: ClassVar[dict[str, object]] = {"orders": 4, "segments": "grid:2"}
 
     orders: Annotated[int, Field(ge=1, description="random orders of the features")] = 25
     segments: Segments = "grid:7"

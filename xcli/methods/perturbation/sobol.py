@@ -43,7 +43,7 @@ class Sobol(CellMasks):
 
     cost: ClassVar[str] = "samples * (grid^2 + 1) forwards"
     source: ClassVar[str] = "Fel et al. 2021, arXiv:2111.04138"
-    small: ClassVar[dict[str, object]] = {"grid": 2, "samples": 6}
+    small: ClassVar[dict[str, object]] = {"grid": 2, "samples": 4}
 
     samples: Annotated[
         int, Field(ge=2, description="points of each half of the design; with until, at most")

@@ -58,7 +58,7 @@ class LIME(Removal, Sampling):
             "ridge": 2.0,
         }
     }
-    small: ClassVar[Mapping[str, object]] = {"samples": 24, "segments": "grid:3"}
+    small: ClassVar[Mapping[str, object]] = {"samples": 12, "segments": "grid:3"}
 
     samples: Annotated[int, Field(ge=2, description="random pictures; with until, at most")] = 1000
     segments: Segments = "grid:7"
@@ -153,7 +153,7 @@ class KernelSHAP(Removal, Sampling):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "xplique": {"samples": 800, "segments": "quickshift:2", "paired": False, "constrained": False}
     }
-    small: ClassVar[Mapping[str, object]] = {"samples": 24, "segments": "grid:3"}
+    small: ClassVar[Mapping[str, object]] = {"samples": 12, "segments": "grid:3"}
 
     samples: Annotated[
         int, Field(ge=2, description="sets of features; with until, at most; rounded up to pairs")
