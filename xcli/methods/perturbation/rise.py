@@ -41,12 +41,11 @@ class RISE(Removal, Sampling):
     Masks belong to the image, the run's seed and their number, so the first 1 000 of 4 000 are those of 1 000.
 
     Masks are drawn as the authors' code does (``drawn: rise``): a cell has the size that fits rounded up, and the grid
-    is mirrored at its border. ``torchray`` makes cells of the size that
-    the picture and one more cell need, rounded up, and mirrors the grid likewise; ``xplique`` repeats the outermost
-    cells, and is the picture and one more cell wide, rounded down (its own code draws one offset for many masks).
-    ``normalise: coverage`` divides
-    by the sum of the masks at each pixel instead of its expectation, which takes the chance surplus of masks out of
-    the map: a constant score then gives a flat map, and ``until`` ends sooner.
+    is mirrored at its border. ``torchray`` makes cells of the size that the picture and one more cell need, rounded up,
+    and mirrors the grid likewise; ``xplique`` repeats the outermost cells, and is the picture and one more cell wide,
+    rounded down (its own code draws one offset for many masks). ``normalise: coverage`` divides by the sum of the masks
+    at each pixel instead of its expectation, which takes the chance surplus of masks out of the map: a constant score
+    then gives a flat map, and ``until`` ends sooner.
 
     Source: Petsiuk, Das and Saenko 2018, arXiv:1806.07421; 4 000 masks as for VGG-16 there, 8 000 for ResNet-50.
     Presets: ``rise-o``, the authors' notebook: 6 000 masks, 8 cells, p 0.1; ``torchray``: 8 000 masks, the logistic
