@@ -126,7 +126,8 @@ def points(kind: str, count: int, dimensions: int, score: Score, tag: str, devic
             return sobol_points(count, dimensions).to(device)[None]
         case "halton":
             return halton_points(count, dimensions).to(device)[None]
-    seeds = score.seeds(torch.arange(int(score.image.max()) + 1), tag).to(device)
+    images = int(score.image.max()) + 1 if len(score.image) else 0
+    seeds = score.seeds(torch.arange(images), tag).to(device)
     found = uniform(seeds, torch.arange(dimensions, device=device), count)
     if kind == "lhs":  # one point in each of as many slices along every dimension
         inner = uniform(seeds, torch.arange(dimensions, 2 * dimensions, device=device), count)
@@ -137,7 +138,7 @@ def points(kind: str, count: int, dimensions: int, score: Score, tag: str, devic
 def uniform(seeds: Tensor, dimension: Tensor, count: int) -> Tensor:
     """``count`` numbers in (0, 1) for each of the seeds (B,) and dimensions (D,): (B, D, count)."""
     own = draws.sampled(seeds.repeat_interleave(len(dimension)), dimension.repeat(len(seeds)))
-    return draws.uniform(own, count).view(len(seeds), -1, count)
+    return draws.uniform(own, count).view(len(seeds), len(dimension), count)
 
 
 @lru_cache(maxsize=8)

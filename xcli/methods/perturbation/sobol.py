@@ -88,14 +88,17 @@ class PickFreeze(CellDesign):
 
 def total_index(table: Tensor, estimator: Estimator) -> Tensor:
     """The total index (n, cells) of each cell, from f(A) and f(C) side by side, (n, points, 1 + cells)."""
-    a, c = table[..., :1], table[..., 1:]
+    origin = table[
+        :, :1, :1
+    ]  # scores are taken from one of them on: what does not vary is then 0 to the last bit
+    a, c = (table - origin).tensor_split([1], 2)
     middle = a.mean(1)
     variance = a.var(1, correction=1 if a.shape[1] > 1 else 0)
     match estimator:
         case "jansen":
             left = (a - c).square().mean(1) / 2
         case "homma" | "saltelli":
-            left = variance - (a * c).mean(1) + middle.square()
+            left = variance - (a * c).mean(1) + middle.square() - origin[:, 0] * (c.mean(1) - middle)
         case "janon":
             shared = (middle + c.mean(1)) / 2
             variance = (a.square() + c.square()).mean(1) / 2 - shared.square()
