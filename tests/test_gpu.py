@@ -36,7 +36,7 @@ SCENES = Path(__file__).parents[1] / "sample_images" / "scenes"
 )
 def test_a_gpu_gives_the_maps_of_the_cpu(name, network):
     """In float64 where a method optimises or sorts: it takes the last bits of a gradient for a direction."""
-    dtype = torch.float64 if name in ("opti-cam", "guided-ig") else torch.float32
+    dtype = torch.float64 if name in ("opti-cam", "guided-ig", "extremal-perturbation") else torch.float32
     x = contract.pictures((128, 128)).to(dtype)
     cls = methods()[name]
     method = cls(**cls.small)

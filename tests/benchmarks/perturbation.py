@@ -1,11 +1,12 @@
 """Black-box methods on resnet18 against the passes alone and their peers: ``python tests/benchmarks/perturbation.py``.
 
-Speeds are pictures a second that go through the network, 8 images with about 512 copies each. The floor is the passes
-alone, on copies that are there before the clock starts, by the fastest of ``AT_ONCE`` at once, in the same setting.
-Each setting runs in a process of its own (kept memory cannot be given back), in which the contenders take turns; the
-last one is what the command uses. Peers run in the first, on one image, ``PEER_BATCH`` copies at once: captum, and,
-with ``--torchray PATH`` to a checkout, TorchRay's RISE. ``of peer`` is over the peer's own speed there. Memory is that
-of one run of RISE on one image with ``MANY`` masks, a contender a process, over what the process held after one pass.
+Speeds are pictures a second that go through the network: 8 images, 4 at a time, with about 512 copies each. The floor
+is the passes alone, on copies that are there before the clock starts, by the fastest of ``AT_ONCE`` at once, in the
+same setting, that of the command: memory kept, channels-last, batch norms folded. Contenders take turns, since the
+speed of a shared machine wanders. Peers run as they come, in a process of their own, on one image, ``PEER_BATCH``
+copies at once, beside the floor there: captum, and, with ``--torchray PATH`` to a checkout, TorchRay's RISE. Memory is
+that of one run of RISE on one image with ``MANY`` masks, a contender a process, over what the process held after a
+pass of one image.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -26,9 +26,8 @@ from gradcams import child
 from measure import DISTURBED, peak_megabytes, taken_by_others
 from scorecam import layout, network
 
-IMAGES, COPIES, SIZE, MANY = 8, 512, 224, 8000
-AT_ONCE, PEER_BATCH = (8, 16, 32), 16
-SETTINGS = ("default", "kept", "kept+channels-last+folded")
+IMAGES, ROUNDS, COPIES, SIZE, MANY = 4, 2, 512, 224, 8000
+AT_ONCE, PEER_BATCH = (16, 27, 32), 16
 OURS: dict[str, tuple[dict[str, object], int]] = {
     "rise": ({"masks": COPIES}, COPIES),
     "occlusion": ({"patch": 32, "stride": 9}, 23 * 23),
@@ -97,41 +96,39 @@ def peers(net: nn.Module, x: Tensor, torchray: str) -> dict[str, tuple[Run, int]
     return found
 
 
-def under(setting: str, undo: ExitStack) -> tuple[nn.Module, Tensor]:
+def speeds(contenders: dict[str, tuple[Run, int]], rounds: int) -> dict[str, dict[str, float]]:
+    """Inputs a second of each contender over all rounds, and the largest share of the cores that others took."""
+    spent, others = dict.fromkeys(contenders, 0.0), dict.fromkeys(contenders, 0.0)
+    for _ in range(rounds):
+        for name, (run, _) in contenders.items():
+            seconds, taken = taken_by_others(run)
+            spent[name], others[name] = spent[name] + seconds, max(others[name], taken)
+    rates = {name: rounds * inputs / spent[name] for name, (_, inputs) in contenders.items()}
+    return {"speeds": rates, "others": others}
+
+
+def floors(net: nn.Module, x: Tensor) -> dict[str, tuple[Run, int]]:
+    found = {f"floor, {batch} at once": (floor(net, x, batch), COPIES // batch * batch) for batch in AT_ONCE}
+    for run, _ in found.values():
+        run()
+    return found
+
+
+def timed() -> dict[str, dict[str, float]]:
     from xcli import tuning
 
-    net, x = network(), pictures()
-    if "kept" in setting:
-        tuning.keep_freed_memory()
-    if "channels-last" in setting:
-        undo.enter_context(tuning.channels_last(net))
-        x = x.contiguous(memory_format=torch.channels_last)
-    if "folded" in setting:
-        undo.enter_context(tuning.folded(net, x[:1]))
-    return net, x
-
-
-def timed(setting: str, torchray: str) -> dict[str, dict[str, float]]:
-    """Speed of each contender, and the share of the cores' time that others took meanwhile."""
-    speeds, others = {}, {}
-    with ExitStack() as undo:
-        net, x = under(setting, undo)
-
-        def measure(name: str, run: Run, inputs: int) -> None:
-            seconds, taken = taken_by_others(run)
-            speeds[name], others[name] = inputs / seconds, taken
-
-        for batch in AT_ONCE:
-            floor(net, x, batch)()
-            measure(f"floor, {batch} at once", floor(net, x, batch), COPIES)
+    net, x = network(), pictures().contiguous(memory_format=torch.channels_last)
+    tuning.keep_freed_memory()
+    with tuning.channels_last(net), tuning.folded(net, x[:1]):
+        known = floors(net, x)
         for name, (options, copies) in OURS.items():
-            measure(name, ours(net, x, name, options), IMAGES * copies)
-        for batch in AT_ONCE:
-            measure(f"floor, {batch} at once, again", floor(net, x, batch), COPIES)
-        if setting == SETTINGS[0]:
-            for name, (run, copies) in peers(network(), x, torchray).items():
-                measure(f"peer {name}", run, copies)
-    return {"speeds": speeds, "others": others}
+            known[name] = (ours(net, x, name, options), IMAGES * copies)
+        return speeds(known, ROUNDS)
+
+
+def timed_peers(torchray: str) -> dict[str, dict[str, float]]:
+    net, x = network(), pictures()
+    return speeds({**floors(net, x), **peers(net, x, torchray)}, 1)
 
 
 def memory(masks: int) -> dict[str, float]:
@@ -144,35 +141,38 @@ def memory(masks: int) -> dict[str, float]:
     return {"before": before, "peak": peak_megabytes()}
 
 
+def report(found: dict[str, dict[str, float]], peer: dict[str, float]) -> None:
+    best = max(speed for name, speed in found["speeds"].items() if "floor" in name)
+    for name, speed in found["speeds"].items():
+        against = f"{speed / peer[name]:.2f}" if name in peer else ""
+        disturbed = "yes" if found["others"][name] > DISTURBED else ""
+        print(f"{name:<24}{speed:>9.1f}{speed / best:>10.2f}{against:>9}{disturbed:>11}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--torchray", default="")
-    parser.add_argument("--setting", default="")
+    parser.add_argument("--ours", action="store_true")
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--memory", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(2)
-    if options.setting:
-        print(json.dumps(timed(options.setting, options.torchray)))
-        return
-    if options.memory:
+    if options.ours:
+        print(json.dumps(timed()))
+    elif options.peers:
+        print(json.dumps(timed_peers(options.torchray)))
+    elif options.memory:
         print(json.dumps(memory(options.memory)))
-        return
-    print(f"{'setting':<28}{'contender':<28}{'inputs/s':>9}{'of floor':>10}{'of peer':>9}{'disturbed':>11}")
-    peer: dict[str, float] = {}
-    for setting in SETTINGS:
-        found = child("--setting", setting, "--torchray", options.torchray, file=__file__)
-        speeds, others = found["speeds"], found["others"]
-        peer |= {name.removeprefix("peer "): speed for name, speed in speeds.items() if "peer" in name}
-        best = max(speed for name, speed in speeds.items() if "floor" in name)
-        for name, speed in speeds.items():
-            against = f"{speed / peer[name]:.2f}" if name in peer else ""
-            print(
-                f"{setting:<28}{name:<28}{speed:>9.1f}{speed / best:>10.2f}{against:>9}"
-                f"{'yes' if others[name] > DISTURBED else '':>11}"
-            )
-    for masks in (64, MANY):
-        found = child("--memory", str(masks), file=__file__)
-        print(f"rise, {masks} masks: {found['peak'] - found['before']:.0f} MB over {found['before']:.0f} MB")
+    else:
+        print(f"{'contender':<24}{'inputs/s':>9}{'of floor':>10}{'of peer':>9}{'disturbed':>11}")
+        print("peers, as they come")
+        found = child("--peers", "--torchray", options.torchray, file=__file__)
+        report(found, {})
+        print("ours, as the command runs them")
+        report(child("--ours", file=__file__), found["speeds"])
+        for masks in (64, MANY):
+            held = child("--memory", str(masks), file=__file__)
+            print(f"rise, {masks} masks: {held['peak'] - held['before']:.0f} MB over {held['before']:.0f} MB")
 
 
 if __name__ == "__main__":

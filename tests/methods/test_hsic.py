@@ -416,6 +416,15 @@ def test_single_precision_is_near(kernel, width):
     single_precision_is_near(method, made(PooledLinear), 4 * images(3, 3, 16, 16))
 
 
+def test_scores_of_single_precision_are_compared_in_double():
+    method, score, x = on(wavy, TWO, samples=40)
+    design, sample = method.design(score, x), torch.arange(40)
+    scores = wavy(design.cells(torch.zeros_like(sample), sample)).T.float()
+    found, wide = (design.estimate(torch.tensor([0]), one) for one in (scores, scores.double()))
+    assert_close(found.map, wide.map, rtol=1e-12, atol=0, check_dtype=False)
+    assert_close(found.error, wide.error, rtol=1e-12, atol=0, check_dtype=False)
+
+
 @pytest.mark.parametrize("width", ["outputs", "distances"])
 def test_maps_can_be_differentiated(width):
     method = HSIC(grid=2, samples=20, width=width, kernel="rbf", perturbation="shift", sigma=3.0)

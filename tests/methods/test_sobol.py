@@ -501,6 +501,16 @@ def test_single_precision_is_near(estimator):
     single_precision_is_near(method, made(PooledLinear), x)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_scores_of_single_precision_are_added_up_in_double(estimator):
+    method, score, x = on(additive, TWO, samples=40, estimator=estimator)
+    design, sample = method.design(score, x), torch.arange(40 * 5)
+    scores = (additive(design.cells(torch.zeros_like(sample), sample)).T + 1e3).float()
+    found, wide = (design.estimate(torch.tensor([0]), one) for one in (scores, scores.double()))
+    assert_close(found.map, wide.map, rtol=1e-12, atol=0, check_dtype=False)
+    assert_close(found.error, wide.error, rtol=1e-12, atol=0, check_dtype=False)
+
+
 def test_maps_can_be_differentiated():
     for estimator in ESTIMATORS:
         method = Sobol(grid=2, samples=10, estimator=estimator, perturbation="shift", sigma=3.0)
