@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import contract
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from xcli.demo import nets
 from xcli.errors import ModelError
 from xcli.hooks import frozen
 from xcli.methods.base import Method
 from xcli.methods.cam.gradient import GradCAM
+from xcli.methods.perturbation.base import BlackBox
 from xcli.registry import methods
 
 
@@ -41,16 +45,18 @@ def test_a_method_refuses_what_it_cannot_compute_and_leaves_the_network_as_found
 
 
 @pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize(
-    ("name", "network"),
-    [
-        (name, net)
-        for name in sorted(methods())
-        for net in contract.NETWORKS
-        if (name, net) not in contract.REFUSED
-    ],
-    indirect=["network"],
-)
+def pairs() -> Iterator[ParameterSet]:
+    """Every method with every network. What a method that only looks at scores makes of the second, slower one can
+    hardly differ: that is for the long tests."""
+    slow = [net for net in contract.NETWORKS if net != "shapes-cnn"]
+    for name, cls in sorted(methods().items()):
+        for net in contract.NETWORKS:
+            if (name, net) not in contract.REFUSED:
+                long = issubclass(cls, BlackBox) and net in slow
+                yield pytest.param(name, net, marks=[pytest.mark.soak] if long else [])
+
+
+@pytest.mark.parametrize(("name", "network"), pairs(), indirect=["network"])
 def test_every_method_keeps_every_promise(name, promise, network):
     x = contract.pictures(contract.NETWORKS[network.known_as])
     if promise is contract.the_network_is_left_as_found:

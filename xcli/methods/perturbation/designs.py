@@ -22,8 +22,8 @@ from xcli.targets import Scale
 Points = Annotated[
     Literal["sobol", "halton", "lhs", "random"],
     Field(
-        description="the points of the cube: the Sobol or Halton sequence, the same for every image; a Latin hypercube "
-        "or independent points, drawn for each image"
+        description="the points of the cube: the Sobol or Halton sequence from the origin on, the same for every "
+        "image; a Latin hypercube or independent points, drawn for each image"
     ),
 ]
 
@@ -109,7 +109,9 @@ def cell_grid(x: Tensor, cells: int) -> Tensor:
     """
     size = (x.shape[-2], x.shape[-1])
     if cells > min(size):
-        raise ConfigError(f"a grid of {cells} x {cells} cells does not fit {size[0]} x {size[1]} pixels")
+        raise ConfigError(
+            f"a grid of {cells} x {cells} cells does not fit {size[0]} x {size[1]} pixels; take a smaller `grid`"
+        )
     return grid(size, cells).to(x.device)
 
 
@@ -125,6 +127,11 @@ def points(kind: str, count: int, dimensions: int, score: Score, tag: str, devic
                 raise ConfigError(f"the Sobol sequence ends at {MOST_SOBOL} dimensions; take a smaller grid")
             return sobol_points(count, dimensions).to(device)[None]
         case "halton":
+            if count < (base := largest_base(dimensions)):
+                raise ConfigError(
+                    f"{tag}: the Halton sequence needs at least {base} points to fill {dimensions} dimensions, not "
+                    f"{count}; take other `points`, more `samples` or a smaller `grid`"
+                )
             return halton_points(count, dimensions).to(device)[None]
     images = int(score.image.max()) + 1 if len(score.image) else 0
     seeds = score.seeds(torch.arange(images), tag).to(device)
@@ -147,6 +154,17 @@ def sobol_points(count: int, dimensions: int) -> Tensor:
     return torch.quasirandom.SobolEngine(dimensions).draw(count, dtype=torch.float64)
 
 
+def largest_base(dimensions: int) -> int:
+    """The base in which the last dimension of the Halton sequence counts: the prime of that number."""
+    found = list[int]()
+    number = 2
+    while len(found) < dimensions:
+        if all(number % prime for prime in found):
+            found.append(number)
+        number += 1
+    return found[-1]
+
+
 @lru_cache(maxsize=8)
 def halton_points(count: int, dimensions: int) -> Tensor:
     """The first points of the Halton sequence, from the origin on: (count, dimensions)."""
@@ -159,10 +177,12 @@ def box_blurred(x: Tensor, window: int) -> Tensor:
     """The mean of the ``window`` x ``window`` pixels around each, the images mirrored about their outermost pixels.
 
     Raises:
-        ConfigError: the window is more than the mirrored picture fills.
+        ConfigError: the window is larger than the shorter side.
     """
     if window > min(x.shape[-2:]):
-        raise ConfigError(f"a window of {window} pixels does not fit {x.shape[-2]} x {x.shape[-1]} pixels")
+        raise ConfigError(
+            f"a window of {window} pixels does not fit {x.shape[-2]} x {x.shape[-1]} pixels; take a smaller `window`"
+        )
     before, after = window // 2, window - 1 - window // 2
     found: Tensor = F.avg_pool2d(F.pad(x, (before, after, before, after), mode="reflect"), window, stride=1)
     return found

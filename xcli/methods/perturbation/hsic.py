@@ -37,7 +37,8 @@ class HSIC(CellMasks):
     Source: Novello, Fel and Vigouroux 2022, arXiv:2206.06219. ``width: outputs`` takes the median of the scores for w,
     as the authors do, which wants scores that are positive: the probability is explained unless ``score`` says
     otherwise; ``distances`` takes the median distance between two scores, the usual rule. Preset ``xplique``: the Sobol
-    sequence, and divided by n instead of (n - 1)^2. The standard error is that of independent masks.
+    sequence, and divided by n instead of (n - 1)^2. The standard error is that of independent masks, for the width as
+    it is.
     """
 
     cost: ClassVar[str] = "samples forwards"
