@@ -44,7 +44,6 @@ def test_a_method_refuses_what_it_cannot_compute_and_leaves_the_network_as_found
         assert contract.snapshot(network) == before
 
 
-@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
 def pairs() -> Iterator[ParameterSet]:
     """Every method with every network. What a method that only looks at scores makes of the second, slower one can
     hardly differ: that is for the long tests."""
@@ -56,6 +55,7 @@ def pairs() -> Iterator[ParameterSet]:
                 yield pytest.param(name, net, marks=[pytest.mark.soak] if long else [])
 
 
+@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
 @pytest.mark.parametrize(("name", "network"), pairs(), indirect=["network"])
 def test_every_method_keeps_every_promise(name, promise, network):
     x = contract.pictures(contract.NETWORKS[network.known_as])

@@ -12,7 +12,14 @@ from scipy.stats import qmc
 from toys import SumModel, bound, images
 
 from xcli.errors import ConfigError
-from xcli.methods.perturbation.designs import MOST_SOBOL, box_blurred, cell_grid, points
+from xcli.methods.perturbation.designs import (
+    MOST_SOBOL,
+    box_blurred,
+    cell_grid,
+    halton_points,
+    largest_base,
+    points,
+)
 from xcli.methods.perturbation.hsic import HSIC
 from xcli.methods.perturbation.sobol import Sobol
 from xcli.registry import build
@@ -48,7 +55,7 @@ def masks(method, score, x, image):
 def test_sequences_are_those_of_scipy_from_the_origin_on(count, dimensions):
     for kind, peer in (("sobol", qmc.Sobol), ("halton", qmc.Halton)):
         expected = peer(dimensions, scramble=False).random(count)
-        found = drawn(kind, count, dimensions)
+        found = drawn(kind, count, dimensions) if kind == "sobol" else halton_points(count, dimensions)[None]
         assert found.dtype == torch.float64
         assert found.shape == (1, count, dimensions)
         assert np.array_equal(found[0].numpy(), expected)
@@ -58,7 +65,7 @@ def test_sequences_are_those_of_scipy_from_the_origin_on(count, dimensions):
 @pytest.mark.parametrize("kind", ["sobol", "halton"])
 def test_sequences_are_the_same_for_every_image_and_seed(kind):
     x = images(3, 1, 16, 16)
-    method = Sobol(grid=2, samples=8, points=kind)
+    method = Sobol(grid=2, samples=20, points=kind)
     first = masks(method, scored(x), x, 0)
     assert all(torch.equal(masks(method, scored(x, seed=s), x, i), first) for s in (0, 5) for i in (1, 2))
 
@@ -135,7 +142,7 @@ def test_a_score_without_rows_gets_no_maps():
     nobody = torch.zeros(0, dtype=torch.long)
     score = replace(scored(x), rows=ClassRows(nobody, nobody))
     for kind in ("sobol", "halton", "lhs", "random"):
-        for method in (Sobol(grid=2, samples=4, points=kind), HSIC(grid=2, samples=4, points=kind)):
+        for method in (Sobol(grid=2, samples=20, points=kind), HSIC(grid=2, samples=20, points=kind)):
             assert len(method.attribute(score, x).map) == 0
 
 
@@ -196,7 +203,7 @@ def test_the_sobol_sequence_ends_at_its_last_dimension_and_the_message_names_a_s
     assert dimensions > MOST_SOBOL > dimensions - 500
     with pytest.raises(ConfigError, match=rf"{MOST_SOBOL} dimensions.*smaller grid"):
         method(grid=side, samples=2, points="sobol").attribute(scored(x), x)
-    for kind in ("lhs", "random", "halton"):
+    for kind in ("lhs", "random"):
         shape = method(grid=side, samples=2, points=kind).design(scored(x), x).points.shape
         assert shape == (1, 2, dimensions)
     assert drawn("sobol", 2, MOST_SOBOL).shape == (1, 2, MOST_SOBOL)
@@ -298,3 +305,21 @@ def test_a_window_is_at_most_the_shorter_side_and_only_asked_for_when_blurring(n
 def test_options_out_of_range_are_refused_by_name(name, option):
     with pytest.raises(ConfigError, match=f"{name}: {next(iter(option))}"):
         build({"name": name, **option})
+
+
+@pytest.mark.parametrize(
+    ("method", "base"), [(Sobol(grid=8, points="halton"), 719), (HSIC(points="halton"), 311)]
+)
+def test_the_halton_sequence_is_refused_where_its_last_dimension_is_not_filled(method, base):
+    """In 32 points the last of 128 dimensions does not get beyond 0.05: the map would be that of their order."""
+    x = torch.zeros(1, 1, 16, 16)
+    assert halton_points(32, 128)[:, -1].max() < 0.05
+    few = replace(method, samples=base - 1)
+    with pytest.raises(ConfigError, match=f"{method.name}: the Halton sequence needs at least {base} points"):
+        few.design(scored(x), x)
+    assert replace(method, samples=base).design(scored(x), x).points.shape[1] == base
+
+
+def test_the_last_base_of_the_halton_sequence_is_the_prime_of_its_number():
+    primes = [n for n in range(2, 1000) if all(n % d for d in range(2, n))]
+    assert [largest_base(number) for number in range(1, len(primes) + 1)] == primes

@@ -184,7 +184,7 @@ def jackknife(a, c, estimator, parts):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(
-    ("points", "samples"), [("sobol", 3), ("sobol", 32), ("sobol", 45), ("halton", 12), ("halton", 70)]
+    ("points", "samples"), [("sobol", 3), ("sobol", 32), ("sobol", 45), ("halton", 20), ("halton", 70)]
 )
 def test_maps_and_errors_are_those_of_a_literal_pick_freeze_and_jackknife(points, estimator, samples):
     play = polynomial(4, centre=0.5)
@@ -248,7 +248,7 @@ def test_jansen_is_that_of_scipy_but_for_the_variance_in_which_scipy_has_b_too()
 def test_homma_and_saltelli_agree_to_the_last_bit():
     for points in POINTS:
         homma, saltelli = (
-            indices(polynomial(9, centre=0.5), THREE, (0, 1, 2), samples=50, points=points, estimator=one)
+            indices(polynomial(9, centre=0.5), THREE, (0, 1, 2), samples=64, points=points, estimator=one)
             for one in ("homma", "saltelli")
         )
         assert torch.equal(homma, saltelli)

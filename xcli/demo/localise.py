@@ -36,13 +36,14 @@ SHORTER: dict[str, dict[str, object]] = {
     "smoothgrad": {"samples": 20},
     "squaregrad": {"samples": 20},
     "vargrad": {"samples": 20},
-    "rise": {"masks": 300},
-    "lime": {"samples": 200},
-    "kernel-shap": {"samples": 200},
-    "shapley-sampling": {"orders": 4},
-    "sobol": {"grid": 6, "samples": 8},
-    "hsic": {"samples": 200},
-    "extremal-perturbation": {"areas": (0.05,), "iterations": 60},
+    "occlusion": {"patch": 18, "stride": 18},
+    "rise": {"masks": 200},
+    "lime": {"samples": 100},
+    "kernel-shap": {"samples": 100},
+    "shapley-sampling": {"orders": 2},
+    "sobol": {"grid": 5, "samples": 5},
+    "hsic": {"grid": 6, "samples": 120},
+    "extremal-perturbation": {"areas": (0.05,), "iterations": 50},
 }
 """Options for methods that take hours at their defaults, or need some; the table says so."""
 

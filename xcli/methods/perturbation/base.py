@@ -7,12 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from xcli.methods.base import Attribution, Method, Need
 from xcli.registry import options
@@ -102,16 +101,11 @@ class Design(ABC):
         """The maps of rows (n,) from the scores (n, S) of their first S copies (of fewer, where ``count`` ends)."""
 
 
-class Until(TypedDict):
-    """When an image needs no more samples."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
-    stable: Annotated[
-        float,
-        Field(
-            gt=0, lt=1, description="the standard error of the map, as a share of its range, that is enough"
-        ),
-    ]
+Until = Annotated[
+    dict[Literal["stable"], Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]],
+    Field(min_length=1),
+]
+"""When an image needs no more samples: the standard error of its map, as a share of its range, that is enough."""
 
 
 @options

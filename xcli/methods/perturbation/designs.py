@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, ClassVar, Literal
@@ -156,13 +157,12 @@ def sobol_points(count: int, dimensions: int) -> Tensor:
 
 def largest_base(dimensions: int) -> int:
     """The base in which the last dimension of the Halton sequence counts: the prime of that number."""
-    found = list[int]()
-    number = 2
-    while len(found) < dimensions:
-        if all(number % prime for prime in found):
-            found.append(number)
-        number += 1
-    return found[-1]
+    most = max(16, math.ceil(dimensions * (math.log(dimensions) + math.log(math.log(dimensions + 2)) + 1)))
+    prime = [False, False, *[True] * most]
+    for number in range(2, math.isqrt(most) + 1):
+        if prime[number]:
+            prime[number * number :: number] = [False] * len(range(number * number, len(prime), number))
+    return [number for number, one in enumerate(prime) if one][dimensions - 1]
 
 
 @lru_cache(maxsize=8)
