@@ -45,6 +45,8 @@ def matches(schema: dict[str, Any], value: Any) -> bool:
         "items",
         "prefixItems",
         "minItems",
+        "propertyNames",
+        "minProperties",
     }
     known |= {
         "maxItems",
@@ -68,7 +70,12 @@ def matches(schema: dict[str, Any], value: Any) -> bool:
         own = schema.get("properties", {})
         checks += [matches(own[key], inner) for key, inner in value.items() if key in own]
         checks += [key in value for key in schema.get("required", [])]
-        checks += [schema.get("additionalProperties", True) is not False or set(value) <= set(own)]
+        others = schema.get("additionalProperties", True)
+        checks += [others is not False or set(value) <= set(own)]
+        if isinstance(others, dict):
+            checks += [matches(others, inner) for key, inner in value.items() if key not in own]
+        checks += [matches(schema.get("propertyNames", {}), key) for key in value]
+        checks += [len(value) >= schema.get("minProperties", 0)]
     if isinstance(value, list):
         checks += [matches(schema.get("items", {}), item) for item in value]
         checks += [schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", 1e9)]
