@@ -44,20 +44,27 @@ def test_a_method_refuses_what_it_cannot_compute_and_leaves_the_network_as_found
         assert contract.snapshot(network) == before
 
 
-def pairs() -> Iterator[ParameterSet]:
-    """Every method with every network. What a method that only looks at scores makes of the second, slower one can
-    hardly differ: that is for the long tests."""
-    slow = [net for net in contract.NETWORKS if net != "shapes-cnn"]
+FIRST = (
+    contract.has_right_shape_and_is_finite,
+    contract.batch_and_micro_batch_do_not_matter,
+    contract.the_network_is_left_as_found,
+)
+
+
+def promises() -> Iterator[ParameterSet]:
+    """Every promise of every method on every network. On the second, slower one, what a method that only looks at
+    scores makes can hardly differ, and some promises are for the long tests with every method."""
     for name, cls in sorted(methods().items()):
         for net in contract.NETWORKS:
-            if (name, net) not in contract.REFUSED:
-                long = issubclass(cls, BlackBox) and net in slow
-                yield pytest.param(name, net, marks=[pytest.mark.soak] if long else [])
+            for promise in contract.PROMISES:
+                long = net != "shapes-cnn" and (issubclass(cls, BlackBox) or promise not in FIRST)
+                if (name, net) not in contract.REFUSED:
+                    marks = [pytest.mark.soak] if long else []
+                    yield pytest.param(name, net, promise, marks=marks, id=f"{name}-{net}-{promise.__name__}")
 
 
-@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
-@pytest.mark.parametrize(("name", "network"), pairs(), indirect=["network"])
-def test_every_method_keeps_every_promise(name, promise, network):
+@pytest.mark.parametrize(("name", "network", "promise"), list(promises()), indirect=["network"])
+def test_every_method_keeps_every_promise(name, network, promise):
     x = contract.pictures(contract.NETWORKS[network.known_as])
     if promise is contract.the_network_is_left_as_found:
         promise(method_of(name), network, x)

@@ -191,6 +191,7 @@ def test_scores_join_a_run_that_keeps_its_parts(place: Path, tmp_path: Path):
 # --- kills, updates, changes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_an_evaluation_killed_again_and_again_ends_like_one_that_nothing_disturbed(
     place: Path, maps: Path, xai: Commands
 ):

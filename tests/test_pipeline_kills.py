@@ -40,6 +40,7 @@ def pictures(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*.png")}
 
 
+@pytest.mark.soak
 def test_a_run_killed_seven_times_ends_like_one_that_nothing_disturbed(
     expected: Path, tmp_path: Path, xai: Commands
 ):
