@@ -99,8 +99,9 @@ def _segmented(score: Score, x: Tensor, spec: str) -> tuple[Tensor, Tensor]:
 
 
 def grid(size: tuple[int, int], cells: int) -> Tensor:
-    """The cell (H, W) of each pixel, of ``cells`` x ``cells`` as equal as pixels allow, row by row."""
-    down, right = (torch.arange(side) * min(cells, side) // side for side in size)
+    """The cell (H, W) of each pixel, that which its middle falls into, of ``cells`` x ``cells``, row by row; along a
+    side of fewer pixels each is its own."""
+    down, right = ((2 * torch.arange(side) + 1) * min(cells, side) // (2 * side) for side in size)
     return down[:, None] * (int(right[-1]) + 1) + right
 
 

@@ -67,7 +67,7 @@ PRESETS: Mapping[str, _Preset] = {
         methods=("gradcam", "layercam"),
     ),
     "own-model": _Preset(
-        "Explain your own network: a callable that returns a torch.nn.Module is named, and is run.",
+        "Explain your own network: a callable that returns a torch.nn.Module, or a function of pictures.",
         FactoryModel,
         {
             "model": {

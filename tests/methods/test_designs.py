@@ -156,9 +156,10 @@ def test_cells_are_masks_upsampled_by_nearest_pixels(size, cells):
     cell = cell_grid(x, cells)
     for row in range(size[0]):
         for column in range(size[1]):
-            assert cell[row, column] == (row * cells // size[0]) * cells + column * cells // size[1]
+            down, right = (int((at + 0.5) * cells / side) for at, side in zip((row, column), size))
+            assert cell[row, column] == down * cells + right
     mask = torch.rand(4, cells * cells, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    grown = torch.nn.functional.interpolate(mask.view(4, 1, cells, cells), size, mode="nearest")[:, 0]
+    grown = torch.nn.functional.interpolate(mask.view(4, 1, cells, cells), size, mode="nearest-exact")[:, 0]
     assert torch.equal(mask[:, cell], grown)
     down, across = (cell // cells)[:, 0].bincount(), (cell % cells)[0].bincount()
     assert len(down) == len(across) == cells
@@ -174,7 +175,7 @@ def test_maps_have_the_cell_that_matters_at_its_place(name, size):
 
         class OneCell(torch.nn.Module):
             def forward(self, x, row=row, column=column):
-                rows, columns = (torch.arange(side) * 4 // side for side in size)
+                rows, columns = (((torch.arange(side) + 0.5) * 4 / side).int() for side in size)
                 return x[:, 0, rows == row][:, :, columns == column].mean((1, 2))[:, None] + 1
 
         found = method.attribute(bound(OneCell(), x, [0]), x).map[0]
@@ -239,7 +240,7 @@ def test_each_perturbation_is_its_formula_pixel_by_pixel(name, perturbation):
             blurred = ndimage.uniform_filter(plain, 4, mode="mirror")
             for row in range(11):
                 for column in range(13):
-                    here = float(mask[copy, (row * 3 // 11) * 3 + column * 3 // 13])
+                    here = float(mask[copy, int((row + 0.5) * 3 / 11) * 3 + int((column + 0.5) * 3 / 13)])
                     expected = LITERAL[perturbation](plain[row, column], here, blurred[row, column], 1.7)
                     assert float(found[copy, channel, row, column]) == pytest.approx(expected, abs=1e-13)
 

@@ -292,7 +292,8 @@ def ablated_by_captum(net, x, target, labels, value=0.0):
 
 def blocks(height, width, cells):
     """The cell of each pixel, written as a loop."""
-    rows = [[r * cells // height * cells + c * cells // width for c in range(width)] for r in range(height)]
+    down, right = ([int((i + 0.5) * cells / side) for i in range(side)] for side in (height, width))
+    rows = [[r * cells + c for c in right] for r in down]
     return torch.tensor(rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
@@ -62,6 +62,13 @@ def blended(x: Tensor, other: Tensor | None, image: Tensor, mask: Tensor) -> Ten
     if other is None:
         return x[image] * mask[:, None]
     return torch.lerp(other[image], x[image], mask[:, None])
+
+
+def by_image(image: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each image among those of the rows, ``image`` (n,), and which rows are its own, on the CPU. Images may differ in
+    features and samples, and hold large matrices: they are estimated one after the other, all rows of one at once."""
+    for one in image.unique_consecutive().tolist():
+        yield one, (image == one).nonzero()[:, 0]
 
 
 @options
@@ -176,5 +183,5 @@ def settled(found: Estimate, stable: float, image: Tensor, left: Tensor) -> Tens
     low, high = found.map.flatten(1).aminmax(dim=1)
     rounding = ROUNDING * torch.finfo(low.dtype).eps * torch.maximum(high, -low)  # all that a flat map has
     still = found.error <= stable * (high - low) + rounding  # (n,), False for NaN
-    moving = image[~still.cpu()]
+    moving = image[~still.cpu()]  # what runs next depends on it: a GPU has to wait here, once a look
     return ~torch.isin(left, moving)

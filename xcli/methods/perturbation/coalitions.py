@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xcli.baselines import Remover
-from xcli.methods.perturbation.base import Design, Estimate
+from xcli.methods.perturbation.base import Design, Estimate, by_image
 
 Fit = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Of n rows of one image: numbers of its features (n, F), their standard errors (n, F), what the method adds."""
@@ -49,8 +49,7 @@ class Coalitions(Design):
         device, image = scores.device, self.image[row]
         maps, errors = scores.new_zeros(len(row), *self.label.shape[1:]), scores.new_zeros(len(row))
         extras = dict[str, Tensor]()
-        for one in image.unique_consecutive().tolist():
-            place = (image == one).nonzero()[:, 0]
+        for one, place in by_image(image):
             sample = torch.arange(min(scores.shape[1], int(self.count[one])))
             kept = self.kept(torch.full_like(sample, one), sample)[:, : int(self.features[one])]
             own = place.to(device)

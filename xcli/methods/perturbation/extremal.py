@@ -138,7 +138,7 @@ class ExtremalPerturbation(Method):
         maps = found.sum(1) if self.combine == "sum" else found.mean(1)
         passes = self.iterations * areas * (2 if self.variant == "dual" else 1)
         extras = {
-            "forwards": torch.full((rows,), float(passes)),
+            "forwards": maps.new_full((rows,), passes),
             "reward": reward.unflatten(0, (rows, areas)).mean(1),
             "area": pooled.mask.mean((1, 2)).unflatten(0, (rows, areas)).mean(1).to(x.dtype),
         }

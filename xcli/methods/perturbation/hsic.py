@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xcli.methods.perturbation.base import Estimate
+from xcli.methods.perturbation.base import Estimate, by_image
 from xcli.methods.perturbation.coalitions import wide
 from xcli.methods.perturbation.designs import CellDesign, CellMasks, Points, cell_grid, points
 from xcli.registry import method
@@ -79,12 +79,12 @@ class Dependence(CellDesign):
 
     def estimate(self, row: Tensor, scores: Tensor) -> Estimate:
         method = self.method
-        number, image = scores.shape[1], self.image[row]
+        number = scores.shape[1]
         values, spread = [], []
-        for one in image.unique_consecutive().tolist():
+        for one, place in by_image(self.image[row]):
             sample = torch.arange(number)
             masks = self.cells(torch.full_like(sample, one), sample).to(wide(scores.device))  # (S, cells)
-            own = scores[(image == one).to(scores.device)].to(masks.dtype)
+            own = scores[place.to(scores.device)].to(masks.dtype)
             outputs = torch.stack([centred(output_kernel(y, method.width)) for y in own])  # (n, S, S)
             shares = [(centred(input_kernel(m, method.kernel)) * outputs).sum(2) for m in masks.T]
             shared = torch.stack(shares, 2)  # (n, S, cells): what each mask adds to the trace

@@ -15,7 +15,7 @@ from torch import Tensor
 from xcli import draws
 from xcli.baselines import Removal
 from xcli.methods.base import Attribution
-from xcli.methods.perturbation.base import Design, Estimate, Sampling, blended
+from xcli.methods.perturbation.base import Design, Estimate, Sampling, blended, by_image
 from xcli.registry import method
 from xcli.score import Score
 from xcli.targets import Scale
@@ -116,10 +116,8 @@ class Masks(Design):
 
     def estimate(self, row: Tensor, scores: Tensor) -> Estimate:
         scores = scores.sigmoid() if self.method.logistic else scores
-        image = self.image[row]
         found = [
-            self.averaged(int(one), scores[(image == one).to(scores.device)])
-            for one in image.unique_consecutive()
+            self.averaged(one, scores[place.to(scores.device)]) for one, place in by_image(self.image[row])
         ]
         maps, errors = zip(*found, strict=True)
         return Estimate(torch.cat(maps), torch.cat(errors))

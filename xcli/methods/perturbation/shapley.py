@@ -11,7 +11,7 @@ from torch import Tensor
 from xcli import draws
 from xcli.baselines import Removal
 from xcli.methods.base import Attribution
-from xcli.methods.perturbation.base import BlackBox, asked, numbered
+from xcli.methods.perturbation.base import BlackBox, asked, by_image, numbered
 from xcli.methods.perturbation.coalitions import on_pixels
 from xcli.registry import method
 from xcli.score import Score
@@ -57,8 +57,8 @@ class ShapleySampling(Removal, BlackBox):
         table = asked(score, x, *numbered(count, score.image.unique()), joined)
         ends = torch.stack([self.emptied(score, x), score.clean(x)], 1).to(table)  # (N, 2)
         maps, errors = x.new_zeros(len(table), *x.shape[2:]), x.new_zeros(len(table))
-        for image in score.image.unique().tolist():
-            own, number = (score.image == image).nonzero()[:, 0].to(x.device), int(features[image])
+        for image, place in by_image(score.image):
+            own, number = place.to(x.device), int(features[image])
             between = table[own, : int(count[image])].unflatten(1, (self.orders, number - 1))
             none, whole = (ends[own, end, None, None].expand(-1, self.orders, 1) for end in (0, 1))
             added = torch.cat([none, between, whole], 2).diff(dim=2)  # (n, orders, F) by place in the order

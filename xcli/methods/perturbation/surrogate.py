@@ -170,8 +170,8 @@ class KernelSHAP(Removal, Sampling):
     def design(self, score: Score, x: Tensor) -> Coalitions:
         label, features = segmented(score, x, self.segments)
         unit = 2 if self.paired else 1
-        count = torch.tensor([min(-(-self.samples // unit) * unit, sets(int(own))) for own in features])
-        exact = count == torch.tensor([sets(int(own)) for own in features])
+        count = sets(features).clamp_max(-(-self.samples // unit) * unit)
+        exact = count == sets(features)
         ends = (self.emptied(score, x), score.clean(x)) if self.constrained else None
 
         def fit(row: Tensor, image: int, kept: Tensor, scores: Tensor) -> Fit:
@@ -187,12 +187,14 @@ class KernelSHAP(Removal, Sampling):
 
         seeds = score.seeds(torch.arange(len(x)), self.name)
         remover = self.remover(score, x)
-        return ByKernel(score.image, label, features, remover, seeds, count, fit, unit, exact)
+        return ByKernel(score.image, label, features, remover, seeds, count, fit, unit)
 
 
-def sets(features: int) -> int:
-    """How many sets of features there are but for the empty and the whole one."""
-    return (1 << min(features, 62)) - 2
+def sets(features: Tensor) -> Tensor:
+    """How many sets of each number of features (B,) there are but for the empty and the whole one; 2^62 stands for
+    more."""
+    whole: Tensor = 2 ** features.clamp_max(62) - 2
+    return whole
 
 
 def shapley_kernel(kept: Tensor) -> Tensor:
@@ -223,9 +225,7 @@ def shared_out(
 
 @dataclass
 class ByKernel(Coalitions):
-    """Sets drawn by the Shapley kernel, alone or with their complements; or all there are, for images ``exact``."""
-
-    exact: Tensor = None  # type: ignore[assignment]
+    """Sets drawn by the Shapley kernel, alone or with their complements; or, where ``count`` says so, all there are."""
 
     def kept(self, image: Tensor, sample: Tensor) -> Tensor:
         device, most = self.label.device, int(self.features.max())
@@ -237,7 +237,8 @@ class ByKernel(Coalitions):
         rank = torch.where(place < features, uniform[:, 1:], 2).argsort(1).argsort(1)
         kept = (rank < size) ^ (number % self.unit == 1)[:, None]
         bits = (number[:, None] + 1) >> place.clamp_max(62) & 1
-        return torch.where(self.exact.to(device)[own][:, None], bits == 1, kept)
+        exact = (self.count == sets(self.features)).to(device)[own]
+        return torch.where(exact[:, None], bits == 1, kept)
 
 
 def kernel_sizes(features: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -18,6 +17,7 @@ from xcli.metrics.curves import scores_without, where_finite
 from xcli.metrics.order import places
 from xcli.registry import metric
 from xcli.score import Score
+from xcli.segments import consecutive
 
 
 @metric("irof")
@@ -98,9 +98,7 @@ def superpixels(x: Tensor, segments: int, compactness: float) -> Tensor:
         slic(image, n_segments=segments, compactness=compactness, start_label=0, channel_axis=-1)
         for image in x.permute(0, 2, 3, 1).cpu().double().numpy()
     ]
-    return torch.stack([torch.from_numpy(np.unique(own, return_inverse=True)[1]) for own in found]).view(
-        len(x), *x.shape[2:]
-    )
+    return torch.stack([consecutive(own) for own in found])
 
 
 def segment_places(maps: Tensor, segment: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from xcli import segments
 from xcli.metrics.base import Direction, Measured, Metric, Watched
 from xcli.metrics.correlation import pearson, spearman
 from xcli.registry import metric, options
@@ -260,10 +261,7 @@ def smallest(keys: Tensor, count: Tensor) -> Tensor:
 
 def cells(size: tuple[int, int], grid: int | None) -> Tensor:
     """Which cell of a grid each pixel of (H, W) is in, that which its middle falls into; without one, each its own."""
-    if grid is None:
-        return torch.arange(size[0] * size[1]).view(size)
-    down, right = (((2 * torch.arange(side) + 1) * min(grid, side)) // (2 * side) for side in size)
-    return down[:, None] * min(grid, size[1]) + right
+    return segments.grid(size, max(size) if grid is None else grid)
 
 
 def covered(map: Tensor, row: Tensor, gone: Pixels, at_once: int = 64) -> Tensor:
