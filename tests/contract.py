@@ -21,7 +21,7 @@ from xcli.score import Score
 from xcli.targets import ClassRows
 
 NETWORKS = {"shapes-cnn": (64, 48), "shapes-vit": (128, 128)}
-REFUSED = {("cam", "shapes-vit")}
+REFUSED = {("cam", "shapes-vit"), ("lrp", "shapes-vit")}
 """Pairs that cannot be computed exactly, so that a method says so instead of answering."""
 
 IMAGES = 5

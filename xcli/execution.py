@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -124,3 +124,8 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether ``error`` is an allocator saying no, on any device."""
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in _REFUSALS)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors as one; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

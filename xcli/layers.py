@@ -11,7 +11,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import takewhile
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from xcli.errors import ModelError
 from xcli.grids import Grid as Grid
 from xcli.hooks import frozen, unfused
+from xcli.operations import Census, Operation
 from xcli.rectifiers import Activations
 from xcli.trace import Call, Trace
 
@@ -91,7 +92,8 @@ class Layers:
     ``rows`` are in the order of definition, parents before children; ``order`` holds the names of those that ran,
     in the order in which their (last) call ended; ``aliases`` maps other names of a shared module to its first;
     ``tails`` is what running the network from a layer on has taught (``prefix.Prefix``), by the layer's name;
-    ``activations`` says how often each kind of activation ran, as module or function (``rectifiers.Activations``).
+    ``activations`` says how often each kind of activation ran, as module or function (``rectifiers.Activations``), and
+    ``operations`` how often each operation that the picture goes through did, in the order of their first calls.
     """
 
     rows: tuple[Row, ...]
@@ -99,6 +101,7 @@ class Layers:
     aliases: dict[str, str]
     tails: dict[str, tuple[bool, ...]] = field(default_factory=dict, compare=False, repr=False)
     activations: Mapping[str, int] = field(default_factory=dict)
+    operations: Mapping[Operation, int] = field(default_factory=dict, repr=False)
 
     @property
     def default(self) -> Layer:
@@ -235,10 +238,11 @@ def survey(module: nn.Module, x: Tensor, output: str | None = None) -> Layers:
     trace = Trace(module, x)
     with torch.inference_mode(False), torch.enable_grad(), frozen(module), unfused():
         pixels = x.detach().clone().requires_grad_()
-        with trace, Activations() as activations:
+        with trace, Activations() as activations, Census(trace.running) as census:
             outputs = module(pixels.clone())  # a copy: some networks normalise their input in place
         head = trace.differentiate(outputs, output, pixels)
-    return _layers(module, trace.calls, _fit(trace.calls, head), activations.seen)
+    found = _layers(module, trace.calls, _fit(trace.calls, head))
+    return replace(found, activations=dict(activations.seen), operations=dict(census.seen))
 
 
 def _fit(calls: Sequence[Call], head: Call | None) -> list[str]:
@@ -250,9 +254,7 @@ def _fit(calls: Sequence[Call], head: Call | None) -> list[str]:
     return [name for name, share in shares if share is not None and share.item() >= _ALIVE]
 
 
-def _layers(
-    module: nn.Module, calls: Sequence[Call], fit: Sequence[str], activations: Mapping[str, int]
-) -> Layers:
+def _layers(module: nn.Module, calls: Sequence[Call], fit: Sequence[str]) -> Layers:
     last: dict[str, Call] = {}
     for call in calls:
         last.pop(call.name, None)  # so that the order is that of last calls
@@ -270,4 +272,4 @@ def _layers(
         if name != names[part]
     }
     named = tuple(row for row in rows if row.name)
-    return Layers(named, tuple(filter(None, last)), aliases, activations=dict(activations))
+    return Layers(named, tuple(filter(None, last)), aliases)

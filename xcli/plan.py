@@ -155,6 +155,7 @@ class Plan:
             keys,
             forward,
             pictures=self.pictures,
+            span=self.preprocess.span(self.device, dtype_of(self.config)),
         )
 
     def practice(self, x: Tensor) -> Score:

@@ -245,6 +245,14 @@ class Preprocess:
         mean, std = self._moments(pixels, work)
         return pixels.to(work).div_(255).sub_(mean).div_(std).to(dtype)
 
+    def span(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest number of each colour, (3,) each, that any picture has once normalised."""
+        import torch
+
+        ends = torch.tensor([0, 255], dtype=torch.uint8, device=device).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+        both = self.normalise(ends, dtype)[:, :, 0, 0]
+        return both.amin(0), both.amax(0)
+
     def denormalise(self, x: Tensor) -> Tensor:
         """Model input (..., 3, H, W) -> colours in [0, 1], clamped, for pictures."""
         mean, std = self._moments(x, x.dtype)

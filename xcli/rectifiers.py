@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from xcli.operations import name_of
+
 ACTIVATIONS = frozenset(
     (
         *("relu", "relu6", "hardtanh", "leaky_relu", "rrelu", "prelu", "threshold", "elu", "selu", "celu"),
@@ -99,7 +101,7 @@ def derivative(grad: Tensor, out: Tensor, top: float) -> Tensor:
 def _name(func: Any, args: Any, kwargs: Any) -> str:
     """``relu`` of ``F.relu``, ``torch.relu_``, ``Tensor.relu``, ``torch.ops.aten.relu.default``; a hard tanh that
     starts at 0 is a ReLU6."""
-    name = str(getattr(func, "__name__", "")).split(".")[0].strip("_")
+    name = name_of(func)
     if name == "hardtanh" and _argument(args, kwargs, 1, "min_val", -1.0) == 0:
         return "relu6"
     return name

@@ -23,7 +23,7 @@ from xcli.backward import (
 )
 from xcli.draws import seed_of
 from xcli.errors import ConfigError, ModelError
-from xcli.execution import Execution
+from xcli.execution import Execution, joined
 from xcli.forward import Forward, require_all
 from xcli.hooks import recording
 from xcli.keys import CopiedKeys
@@ -53,6 +53,7 @@ class Score:
         create_graph: keep the graphs of whatever is computed, so that maps can be differentiated in turn, by the
             images and by every weight that asks for a gradient; memory grows with all that is kept.
         pictures: further images that options name, preprocessed, (R, C, H, W) each.
+        span: the lowest and the highest input that any picture gives, (C,) each, where that is known.
         context: what forward passes run in, see ``within``.
     """
 
@@ -65,6 +66,7 @@ class Score:
     forward: Forward | None = None
     create_graph: bool = False
     pictures: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    span: tuple[Tensor, Tensor] | None = None
     context: Callable[[], AbstractContextManager[object]] = nullcontext
     prefix: Prefix | None = None
     memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
@@ -342,8 +344,3 @@ class Score:
 def taken(x: Copies, index: Tensor) -> Tensor:
     """The inputs of ``index`` (m,), made now or picked out."""
     return x(index) if callable(x) else x[index.to(x.device)]
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors as one; a single one is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -87,6 +87,10 @@ class Trace:
         for handle in self.handles:
             handle.remove()
 
+    def running(self) -> str:
+        """The name of the module that runs now, "" for the network itself."""
+        return self.names[self.stack[-1].module] if self.stack else ""
+
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if self.stack:

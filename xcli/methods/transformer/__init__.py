@@ -1,0 +1,1 @@
+"""Methods for vision transformers: what attention looked at, and relevance through attention."""
