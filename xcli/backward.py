@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from xcli.attention import Attended
 from xcli.errors import ModelError
 from xcli.forward import require_all
 from xcli.hooks import Elementary, observed, recording
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Differentiate = Callable[[Tensor, bool], tuple[Tensor, ...]]
 """(a sum of scores of different copies, whether the graph is needed again) -> tensors of an entry a copy."""
+
+Fold = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
+"""What ``Score.attended`` makes of attention and its gradients."""
 
 _NONE = ("is not implemented", "double backwards on")
 """How PyTorch and torchvision say that an operation has no second derivative."""
@@ -131,6 +135,37 @@ def folded(
                 undo.enter_context(observed(score.module.get_submodule(name), partial(add, number)))
             pixels, outputs = _graph(score, part, index, (), second=score.create_graph)
             return _rows(score, outputs, differentiate, *score.pairs(index))
+
+    return score.execution.each(run, *needed(score, x))
+
+
+def attended(score: Score, x: Tensor, fold: Fold) -> tuple[Tensor, ...]:
+    """What ``fold`` makes of the attention of the images of each pass and its gradients: N rows each."""
+
+    def run(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        seen: list[Tensor] = []
+
+        def differentiate(picked: Tensor, again: bool) -> tuple[Tensor, ...]:
+            grads = gradients(picked, tuple(seen), again=again, graph=score.create_graph)
+            own = seen if score.create_graph else [one.detach() for one in seen]
+            return fold(own, grads)
+
+        with Attended(seen.append):
+            _, outputs = _graph(score, part, index, (), second=score.create_graph)
+        return _rows(score, outputs, differentiate, *score.pairs(index))[:-1]
+
+    return score.execution.each(run, *needed(score, x))
+
+
+def attention(score: Score, x: Tensor, fold: Fold) -> tuple[Tensor, ...]:
+    """What ``fold`` makes of the attention of the images of each pass alone: N rows each."""
+
+    def run(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        seen: list[Tensor] = []
+        with torch.set_grad_enabled(score.create_graph), Attended(seen.append):
+            score.execution.run(score.module, part)
+        copy, _ = score.pairs(index)
+        return tuple(of_copies(made, copy) for made in fold([full(one) for one in seen], ()))
 
     return score.execution.each(run, *needed(score, x))
 

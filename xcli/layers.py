@@ -18,12 +18,13 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
+from xcli.attention import Attended
 from xcli.errors import ModelError
 from xcli.grids import Grid as Grid
 from xcli.hooks import frozen, unfused
 from xcli.operations import Census, Operation
 from xcli.rectifiers import Activations
-from xcli.trace import Call, Trace
+from xcli.trace import Attention, Call, Heeded, Trace
 
 _NEAREST = 5
 _ALIVE = 0.5
@@ -93,7 +94,8 @@ class Layers:
     in the order in which their (last) call ended; ``aliases`` maps other names of a shared module to its first;
     ``tails`` is what running the network from a layer on has taught (``prefix.Prefix``), by the layer's name;
     ``activations`` says how often each kind of activation ran, as module or function (``rectifiers.Activations``), and
-    ``operations`` how often each operation that the picture goes through did, in the order of their first calls.
+    ``operations`` how often each operation that the picture goes through did, in the order of their first calls;
+    ``attention`` are the places where tokens attend to each other, as they ran.
     """
 
     rows: tuple[Row, ...]
@@ -102,6 +104,7 @@ class Layers:
     tails: dict[str, tuple[bool, ...]] = field(default_factory=dict, compare=False, repr=False)
     activations: Mapping[str, int] = field(default_factory=dict)
     operations: Mapping[Operation, int] = field(default_factory=dict, repr=False)
+    attention: tuple[Attention, ...] = ()
 
     @property
     def default(self) -> Layer:
@@ -236,13 +239,19 @@ def survey(module: nn.Module, x: Tensor, output: str | None = None) -> Layers:
         ModelError: the network takes no hooks (TorchScript). What its forward raises is passed on.
     """
     trace = Trace(module, x)
+    heeded = Heeded(trace)
     with torch.inference_mode(False), torch.enable_grad(), frozen(module), unfused():
         pixels = x.detach().clone().requires_grad_()
-        with trace, Activations() as activations, Census(trace.running) as census:
+        with trace, Attended(heeded.see), Activations() as activations, Census(trace.running) as census:
             outputs = module(pixels.clone())  # a copy: some networks normalise their input in place
         head = trace.differentiate(outputs, output, pixels)
     found = _layers(module, trace.calls, _fit(trace.calls, head))
-    return replace(found, activations=dict(activations.seen), operations=dict(census.seen))
+    return replace(
+        found,
+        activations=dict(activations.seen),
+        operations=dict(census.seen),
+        attention=tuple(heeded.attention()),
+    )
 
 
 def _fit(calls: Sequence[Call], head: Call | None) -> list[str]:

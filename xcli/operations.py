@@ -108,9 +108,8 @@ class Call:
     argument is run as one that does not; ``overwrites`` says so.
     """
 
-    def __init__(self, func: Any, leaves: list[Any], spec: Any, weights: WeakIdKeyDictionary) -> None:
-        self.name, self.func, self.leaves, self.spec = name_of(func), func, leaves, spec
-        self.places = [place for place, leaf in enumerate(leaves) if _depends(leaf, weights)]
+    def __init__(self, func: Any, leaves: list[Any], spec: Any, places: Sequence[int]) -> None:
+        self.name, self.func, self.leaves, self.spec, self.places = name_of(func), func, leaves, spec, places
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -146,6 +145,11 @@ class Call:
         wanted = kwargs.get("inplace", args[flag] if flag is not None and len(args) > flag else False)
         return args[0] if wanted is True else None
 
+    def asked(self) -> Any:
+        """What the call answers, written in place where the network wants that."""
+        args, kwargs = self.arguments
+        return self.func(*args, **kwargs)
+
     def run(self, *inputs: Tensor) -> Any:
         """The function at ``inputs``, which stand in for those of the call; nothing is changed in place."""
         leaves = list(self.leaves)
@@ -175,19 +179,13 @@ def name_of(func: Any) -> str:
     return _SPELLED.get(name, name)
 
 
-def _depends(leaf: Any, weights: WeakIdKeyDictionary) -> bool:
-    if not isinstance(leaf, Tensor) or not leaf.requires_grad or isinstance(leaf, nn.Parameter):
-        return False
-    return leaf not in weights
-
-
 def _flowing(out: Any) -> Iterator[Tensor]:
     """The tensors in ``out`` that something can be sent back from."""
     return (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad)
 
 
-class _Seen(TorchFunctionMode):
-    """Tells calls that the picture flows through from all others."""
+class Watching(TorchFunctionMode):
+    """Tells calls that the picture flows through, which ``called`` answers, from all others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,21 +205,34 @@ class _Seen(TorchFunctionMode):
         leaves, spec = tree_flatten((args, kwargs or {}))
         if len(self.current):
             leaves = [self.current.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        call = Call(func, leaves, spec, self.weights)
+        call = Call(func, leaves, spec, [place for place, leaf in enumerate(leaves) if self.depends(leaf)])
         if call.places:
             return self.called(call)
-        args, kwargs = call.arguments
-        out = func(*args, **kwargs)
+        out = call.asked()
         for tensor in _flowing(out):
             self.weights[tensor] = True
         return out
+
+    def depends(self, leaf: Any) -> bool:
+        """Whether an argument depends on the picture."""
+        if not isinstance(leaf, Tensor) or not leaf.requires_grad or isinstance(leaf, nn.Parameter):
+            return False
+        return leaf not in self.weights
 
     def called(self, call: Call) -> Any:
         """What the call answers."""
         raise NotImplementedError
 
+    def inside(self, run: Callable[[], Any]) -> Any:
+        """``run()`` inside the block, for a call that is made of others."""
+        TorchFunctionMode.__enter__(self)
+        try:
+            return run()
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
 
-class Census(_Seen):
+
+class Census(Watching):
     """Counts the operations that run inside the block; ``module`` names the module that is running."""
 
     def __init__(self, module: Callable[[], str] = lambda: "") -> None:
@@ -229,8 +240,7 @@ class Census(_Seen):
         self.module, self.seen = module, Counter[Operation]()
 
     def called(self, call: Call) -> Any:
-        args, kwargs = call.arguments
-        out = call.func(*args, **kwargs)
+        out = call.asked()
         if any(True for _ in _flowing(out)):
             self.seen[Operation(call.name, call.kind, self.module())] += 1
         return out
@@ -240,7 +250,7 @@ Handler = Callable[[Call], Any]
 """What a rule makes of a call: the value of the call, with the backward pass of the rule."""
 
 
-class Rules(_Seen):
+class Rules(Watching):
     """Lets ``table`` answer for the operations that run inside the block, by their kind.
 
     Values stay what they are. What a network changes in place is made anew, and takes the place of the old tensor
@@ -259,8 +269,7 @@ class Rules(_Seen):
     def called(self, call: Call) -> Any:
         handler = self.table.get(call.kind)
         if handler is None:
-            args, kwargs = call.arguments
-            out = call.func(*args, **kwargs)
+            out = call.asked()
             if any(True for _ in _flowing(out)):
                 raise ModelError(f"there is no rule for {call.name} ({call.kind}), which the network calls")
             return out  # asked for a shape, a comparison, ...
@@ -302,9 +311,9 @@ class _Ruled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rules: Rules, step: Step, value: Tensor, *tensors: Tensor) -> Tensor:
         ctx.rules, ctx.step, ctx.count = rules, step, len(tensors)
-        own = tensors if step.keeps_tensors or rules.twice else ()
-        ctx.save_for_backward(*own, *((value,) if step.keeps_value else ()))
-        return value.view_as(value)
+        own, out = tensors if step.keeps_tensors or rules.twice else (), value.view_as(value)
+        ctx.save_for_backward(*own, *((out,) if step.keeps_value else ()))  # unlike ``value``, it depends on them
+        return out
 
     @staticmethod
     def backward(ctx: Any, *sent: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 
 from xcli.backward import (
     Curvature,
+    Fold,
     Folded,
     Gradients,
+    attended,
+    attention,
     curvature,
     differentiated,
     folded,
     from_forward,
     gradients,
 )
+from xcli.copies import Copies, pairs, taken
 from xcli.draws import seed_of
 from xcli.errors import ConfigError, ModelError
 from xcli.execution import Execution, joined
@@ -33,8 +37,6 @@ from xcli.prefix import Prefix
 from xcli.targets import Reading, Rows, Scale
 
 Kept = TypeVar("Kept")
-Copies = Tensor | Callable[[Tensor], Tensor]
-"""Inputs (M, C, H, W), or a pure function that makes those of an index (m,): a retry calls it again."""
 
 
 @dataclass(frozen=True)
@@ -323,15 +325,21 @@ class Score:
         grads, *folds, values = folded(self, x, at, fold)
         return Folded(grads, tuple(folds), values)
 
+    def attended(self, x: Tensor, fold: Fold, *, gradients: bool = True) -> tuple[Tensor, ...]:
+        """What ``fold`` makes of the attention of the images (B, C, H, W) and its gradients: tensors (N, ...).
+
+        Args:
+            fold: (probabilities, gradients of the score there), (m, heads, T, T) for each attention in the order in
+                which they ran (``layers.attention``), of m images of one pass -> tensors (m, ...); without
+                ``gradients``, from one pass forward, the second is empty.
+        """
+        return attended(self, x, fold) if gradients else attention(self, x, fold)
+
     # ---- which copy serves which row --------------------------------------------------------------------------
 
     def pairs(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Every (copy, row) where the row is of the copy's image, sorted by copy, for copies of ``image`` (M,)."""
-        start = torch.searchsorted(self.image, image)
-        count = torch.searchsorted(self.image, image, right=True) - start
-        copy = torch.repeat_interleave(torch.arange(len(image)), count)
-        within = torch.arange(len(copy)) - (count.cumsum(0) - count)[copy]
-        return copy, start[copy] + within
+        return pairs(self.image, image)
 
     def outputs(self, x: Tensor, image: Tensor) -> Any:
         """What the network answers to copies (M, ...) of the images ``image`` (M,), in the precision of the run."""
@@ -339,8 +347,3 @@ class Score:
             if (prefix := self.prefix) is None:
                 return self.execution.run(self.module, x)
             return self.execution.run(lambda acts: prefix(acts, image), x)
-
-
-def taken(x: Copies, index: Tensor) -> Tensor:
-    """The inputs of ``index`` (m,), made now or picked out."""
-    return x(index) if callable(x) else x[index.to(x.device)]

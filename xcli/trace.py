@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,17 @@ from xcli.grids import Grid, infer_grid
 from xcli.models import find_logits
 
 _POOLING = (nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a network: the module that calls for it, its probabilities' shape of one picture (H, T, S), in
+    how many windows, and the tokens (of T) whose means the answer depends on."""
+
+    module: str
+    shape: tuple[int, int, int]
+    windows: int
+    read: tuple[int, ...]
 
 
 @dataclass
@@ -155,12 +166,33 @@ class Trace:
             answers = _tensors(outputs)
         answers = [t for t in answers if t.requires_grad and t.grad_fn is not None]
         head = _head(self.calls, answers)
-        starts = answers if head is None or head.entry is None else [head.entry]
+        starts = answers if head is None or head.entry is None else _entries(self.calls, head)
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(t.shape, generator=generator).to(t) for t in starts]
         if any(t.grad_fn is not None for t in starts):
             torch.autograd.grad(starts, pixels, noise, allow_unused=True)
         return head
+
+
+class Heeded:
+    """The attention of a pass: what ``attention.Attended`` shows, by the module that runs."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.seen: list[tuple[str, torch.Size, list[Tensor]]] = []
+
+    def see(self, probabilities: Tensor) -> None:
+        """Note one, and listen for which of its rows a gradient comes by."""
+        rows: list[Tensor] = []
+        self.seen.append((self.trace.running(), probabilities.shape, rows))
+        if probabilities.requires_grad:
+            probabilities.register_hook(lambda grad: rows.append((grad != 0).any(3).any(1).any(0)))
+
+    def attention(self) -> Iterator[Attention]:
+        """All of them, as they ran; to be asked after the backward pass."""
+        for name, (count, heads, tokens, keys), rows in self.seen:
+            read = tuple(rows[0].nonzero()[:, 0].tolist()) if rows else ()
+            yield Attention(name, (heads, tokens, keys), count // self.trace.batch, read)
 
 
 def _head(calls: Sequence[Call], answers: Sequence[Tensor]) -> Call | None:
@@ -182,6 +214,12 @@ def _head(calls: Sequence[Call], answers: Sequence[Tensor]) -> Call | None:
     ):
         return None
     return last
+
+
+def _entries(calls: Sequence[Call], head: Call) -> list[Tensor]:
+    """What the head reads, and others like it, whose answers are averaged: one a token of a distilled network."""
+    alike = [call for call in calls if type(call.module) is type(head.module) and call.shape == head.shape]
+    return [call.entry for call in alike if call.entry is not None]
 
 
 def _passes(opened: _Open, t: Tensor) -> bool:

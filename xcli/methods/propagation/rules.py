@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xcli.linear import Linear
 from xcli.operations import Call, Step
+from xcli.precision import full
 
 InputPart = Literal["all", "positive", "negative", "one", "low", "high"]
 """The input as it is, its positive or negative part, ones in its place, or the lowest or highest input there can be."""
@@ -42,18 +43,25 @@ class Rule:
     .. math:: R_i = \\sum_s f_s \\sum_t x^t_i (W^{t\\top} \\frac{R}{z_s + \\epsilon\\,sign(z_s)})_i, \\quad
         z_s = \\sum_t W^t x^t + b_s
 
-    with the shares s and their terms t; sign(0) = 1.
+    with the shares s and their terms t; sign(0) = 1. ``epsilon`` may be ``None``, see ``stabilised``.
     """
 
     shares: tuple[Share, ...]
-    epsilon: float = 1e-6
+    epsilon: float | None = 1e-6
     gamma: float = 0.0
     low: Tensor | None = None  # (1, C, 1, 1)
     high: Tensor | None = None
 
 
-def stabilised(z: Tensor, epsilon: float) -> Tensor:
-    """z + epsilon sign(z), with sign(0) = 1."""
+_NOTHING = 1e-20
+"""In float32 the inverse of what is larger can still be summed."""
+
+
+def stabilised(z: Tensor, epsilon: float | None) -> Tensor:
+    """z + epsilon sign(z), with sign(0) = 1; with ``None`` z itself, but infinite where it is 0: what is to be divided
+    there among nothing is lost, and no large number is left for a transform in a convolution to round."""
+    if epsilon is None:
+        return torch.where(z.abs() > _NOTHING, z, torch.inf)
     return z if epsilon == 0 else z + torch.where(z < 0, -epsilon, epsilon).to(z)
 
 
