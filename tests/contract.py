@@ -21,7 +21,18 @@ from xcli.score import Score
 from xcli.targets import ClassRows
 
 NETWORKS = {"shapes-cnn": (64, 48), "shapes-vit": (128, 128)}
-REFUSED = {("cam", "shapes-vit"), ("lrp", "shapes-vit")}
+REFUSED = {
+    ("cam", "shapes-vit"),
+    ("lrp", "shapes-vit"),
+    ("deeplift", "shapes-vit"),
+    ("deeplift-shap", "shapes-vit"),
+    ("excitation-backprop", "shapes-vit"),
+    ("contrastive-excitation-backprop", "shapes-vit"),
+    ("attention-rollout", "shapes-cnn"),
+    ("chefer", "shapes-cnn"),
+    ("gradient-rollout", "shapes-cnn"),
+    ("legrad", "shapes-cnn"),
+}
 """Pairs that cannot be computed exactly, so that a method says so instead of answering."""
 
 IMAGES = 5

@@ -25,7 +25,7 @@ FAMILIES, METRICS = "methods/*", "metrics/*"
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("errors", "__init__"),
     ("registry", "yamlfile"),
-    ("precision", "draws", "operations", "attention", "rectifiers", "hooks", "execution", "forward"),
+    ("precision", "draws", "kinds", "operations", "attention", "rectifiers", "hooks", "execution", "forward"),
     ("preprocess", "decode", "inputs", "images"),
     ("demo/__init__", "demo/nets"),
     ("factory", "weights", "sources", "models"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import PooledLinear, Residual, Tokens, images, made
 
 from xcli.errors import ModelError
-from xcli.hooks import first_tensor, frozen, recording, swapped, unfused, with_tensor
+from xcli.hooks import first_tensor, frozen, gathered, recording, swapped, unfused, with_tensor
 
 Two = namedtuple("Two", "first second")
 
@@ -165,3 +165,59 @@ def test_the_first_tensor_is_replaced_in_its_container(kind: Callable[[list], tu
 def test_an_output_without_a_tensor_is_refused(output: object):
     with pytest.raises(ModelError, match="'layer' returns"):
         first_tensor(output, "layer")
+
+
+class Chain(nn.Module):
+    """Three layers in a row, which say what they read; ``between`` two of them something may happen."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.between(layer(x))
+        return x
+
+
+NAMES = ("layers.0", "layers.1", "layers.2")
+
+
+def test_gathered_hands_what_is_joined_of_all_outputs_on_at_the_last_layer():
+    net, x = made(Chain), images(4, 2)
+    first = net.layers[0](x)
+    second = net.layers[1](first)
+    with gathered(net, NAMES, lambda outputs: torch.cat(list(outputs))):
+        found = net(x)
+    assert torch.equal(found, torch.cat([first, second, net.layers[2](second)]))
+    assert not hooks(net)
+    with gathered(net, NAMES[1:], torch.stack):
+        assert net(x).shape == (2, 4, 2)
+
+
+def test_gathered_keeps_outputs_as_they_were_given():
+    net, x = made(Chain), images(4, 2)
+    wanted = net.layers[0](x)
+    net.layers[1].register_forward_pre_hook(lambda _, given: given[0].mul_(0))
+    with gathered(net, NAMES[:2], lambda outputs: outputs[0]):
+        net.layers = net.layers[:2]
+        assert torch.equal(net(x), wanted)
+
+
+@pytest.mark.parametrize("between", [lambda x: x + 1, lambda x: x.clone()])
+def test_gathered_refuses_layers_that_are_no_chain_and_takes_its_hooks_away(between):
+    net = made(lambda: Chain(between))
+    with (
+        pytest.raises(ModelError, match=r"'layers.1' does not read the output of 'layers.0' as it is"),
+        gathered(net, NAMES, torch.stack),
+    ):
+        net(images(4, 2))
+    assert not hooks(net)
+
+
+def test_gathered_takes_its_hooks_away_where_a_name_is_unknown():
+    net = made(Chain)
+    with pytest.raises(AttributeError), gathered(net, ("layers.0", "nowhere"), torch.stack):
+        pass
+    assert not hooks(net)

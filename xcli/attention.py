@@ -116,13 +116,17 @@ def _multi_head(
     if key_padding_mask is not None:
         padding = key_padding_mask
         bias = _bias(~padding if padding.dtype == torch.bool else padding, logits)
-        logits = logits + bias[:, None, None]
+        logits = logits + bias[..., None, None, :]
     probabilities = torch.softmax(logits, -1)
     out = F.linear((probabilities @ v).permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias)
     shown = probabilities.mean(1) if average_attn_weights else probabilities
     if alone:
         out, shown = out[:, 0], shown[0]
     return out, shown if need_weights else None
+
+
+_CASTS = frozenset(("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous", "clone"))
+"""What probabilities may go through before they take means."""
 
 
 class Attended(Watching):
@@ -149,11 +153,15 @@ class Attended(Watching):
         if call.kind == "attention":
             return self.inside(lambda: unfused(call))
         out, first = call.asked(), call.inputs[0]
-        if call.kind == "softmax" and isinstance(out, Tensor) and out.ndim == 4:
-            self.softmaxes[out] = out
+        if call.kind == "softmax" and isinstance(out, Tensor) and out.ndim >= 4:
+            shown = out
+            if out.ndim > 4:  # windows on an axis of their own
+                shown = out.flatten(0, -4)
+                out = shown.view_as(out)
+            self.softmaxes[out] = shown
         elif first in self.softmaxes:
             if call.name in ("matmul", "bmm", "einsum"):
                 self.see(self.softmaxes[first])
-            elif "dropout" in call.name:
+            elif "dropout" in call.name or call.name in _CASTS:
                 self.softmaxes[out] = self.softmaxes[first]
         return out

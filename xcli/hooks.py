@@ -161,6 +161,45 @@ def observed(part: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 @contextmanager
+def gathered(
+    module: nn.Module, layers: Sequence[str], join: Callable[[Sequence[Tensor]], Tensor]
+) -> Iterator[None]:
+    """Let the last of ``layers``, which run one after the other, answer with what ``join`` makes of the outputs of all
+    of them, in the one forward pass inside the block.
+
+    Raises:
+        ModelError: a layer does not read what the one before it gives, so that it is no chain.
+    """
+    kept: list[Tensor] = []
+    handed: list[Tensor] = []
+
+    def reads(name: str) -> Callable[..., None]:
+        def check(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if handed and not any(own is handed[-1] for own in (*args, *kwargs.values())):
+                raise ModelError(
+                    f"module {name!r} does not read the output of {layers[len(handed) - 1]!r} as it is, so these are "
+                    "no blocks of one chain; use another method"
+                )
+
+        return check
+
+    def gives(name: str) -> Callable[..., Any]:
+        def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
+            kept.append(first_tensor(output, name))
+            handed.append(join(kept) if len(kept) == len(layers) else kept[-1].clone())
+            return with_tensor(output, handed[-1])
+
+        return keep
+
+    with ExitStack() as undo:
+        for name in layers:
+            part = module.get_submodule(name)
+            undo.callback(part.register_forward_pre_hook(reads(name), with_kwargs=True).remove)
+            undo.callback(part.register_forward_hook(gives(name)).remove)
+        yield
+
+
+@contextmanager
 def swapped(part: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let ``part`` answer with ``forward`` instead of its own inside the block."""
     had, before = "forward" in vars(part), vars(part).get("forward")

@@ -20,72 +20,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xcli.errors import ModelError
-
-Kind = Literal[
-    "rearrangement",
-    "weighted",
-    "batch-norm",
-    "average",
-    "sum",
-    "difference",
-    "scaling",
-    "product",
-    "maximum",
-    "activation",
-    "normalisation",
-    "softmax",
-    "attention",
-    "other",
-]
-"""Operations that every rule treats alike: entries moved about; a convolution or linear layer; batch norm by its
-running statistics; another linear map without weights; a sum; one thing less another; a multiple by constants; a
-product of two things that depend on the input; entries picked by their size; a function of one entry; a norm by the
-input's own statistics."""
-
-_NAMES: dict[Kind, str] = {
-    "rearrangement": """
-        T alias alpha_dropout as_strided_copy broadcast_to bfloat16 cat channel_shuffle chunk clone concat concatenate
-        contiguous cpu cuda detach_copy double dropout dropout1d dropout2d dropout3d expand expand_as
-        feature_alpha_dropout flatten flip float fliplr flipud getitem half hsplit hstack index_select lift_fresh mH mT
-        moveaxis movedim narrow native_channel_shuffle native_dropout pad constant_pad_nd permute pixel_shuffle
-        pixel_unshuffle positive repeat repeat_interleave reshape reshape_as roll rot90 select slice split
-        split_with_sizes squeeze stack swapaxes swapdims t take_along_dim tensor_split tile to transpose type type_as
-        unbind unflatten unfold unsqueeze view view_as vsplit vstack""",
-    "weighted": "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear",
-    "batch-norm": "batch_norm",
-    "average": """
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d interpolate mean
-        sum upsample upsample_bilinear2d upsample_nearest2d""",
-    "sum": "add sub",
-    "difference": "rsub",
-    "scaling": "div mul neg multiply divide true_divide negative",
-    "product": "matmul bmm mm einsum",
-    "maximum": """
-        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d amax max max_pool1d max_pool2d max_pool3d maximum
-        max_pool2d_with_indices""",
-    "activation": """
-        celu clamp clamp_max clamp_min elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish
-        prelu relu relu6 rrelu selu sigmoid silu softplus softshrink softsign tanh tanhshrink threshold""",
-    "normalisation": "group_norm instance_norm layer_norm local_response_norm normalize rms_norm",
-    "softmax": "log_softmax softmax softmin",
-    "attention": "multi_head_attention_forward scaled_dot_product_attention",
-}
-_KINDS: dict[str, Kind] = {name: kind for kind, names in _NAMES.items() for name in names.split()}
-
-_SPELLED = {
-    **{f"{side}{name}": name for side in "ir" for name in ("add", "mul", "matmul")},
-    **{"isub": "sub", "idiv": "div", "itruediv": "div", "truediv": "div"},
-}
-"""Operators by the function that they stand for; ``rsub`` keeps its name."""
+from xcli.kinds import KINDS
+from xcli.kinds import Kind as Kind
+from xcli.kinds import name_of as name_of
 
 
 @dataclass(frozen=True)
@@ -117,9 +65,9 @@ class Call:
 
     @property
     def kind(self) -> Kind:
-        kind = _KINDS.get(self.name, "other")
+        kind = KINDS.get(self.name, "other")
         if len(self.places) > 1:
-            return "difference" if self.name == "sub" else "product" if kind == "scaling" else kind
+            return "difference" if self.name == "sub" else "product" if kind in _PAIRED else kind
         if kind == "product":  # of constants with the one input
             return "average"
         return "other" if self._divides_by_input() else kind
@@ -127,19 +75,19 @@ class Call:
     def _divides_by_input(self) -> bool:
         return self.name in ("div", "divide", "true_divide", "rdiv") and self.places[:1] != [0]
 
-    @property
+    @cached_property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = tree_unflatten(self.leaves, self.spec)
         return args, kwargs
 
-    @property
+    @cached_property
     def overwrites(self) -> Tensor | None:
         """The tensor that the network wants changed in place, if it does."""
         args, kwargs = self.arguments
         if not (args and isinstance(args[0], Tensor)):
             return None
         named = getattr(self.func, "__name__", "").split(".")[0]
-        if named.startswith("__i") or (named.endswith("_") and not named.startswith("__")):
+        if named.startswith("__i") or named == "__setitem__" or (named.endswith("_") and named[:2] != "__"):
             return args[0]
         flag = _INPLACE.get(self.name)
         wanted = kwargs.get("inplace", args[flag] if flag is not None and len(args) > flag else False)
@@ -158,8 +106,11 @@ class Call:
         args, kwargs = tree_unflatten(leaves, self.spec)
         if self.overwrites is not None:
             args = (args[0].clone(), *args[1:])
-        return self.func(*args, **kwargs)
+        out = self.func(*args, **kwargs)
+        return args[0] if self.name == "setitem" else out
 
+
+_PAIRED = ("scaling", "weighted")
 
 _INPLACE = {
     **dict.fromkeys(("relu", "relu6", "selu", "silu", "mish", "hardsigmoid", "hardswish"), 1),
@@ -168,15 +119,6 @@ _INPLACE = {
     "rrelu": 4,
 }
 """Where ``inplace`` stands among the arguments of ``torch.nn.functional``."""
-
-
-def name_of(func: Any) -> str:
-    """``relu`` of ``F.relu``, ``torch.relu_``, ``Tensor.relu``, ``torch.ops.aten.relu.default``; ``T`` of ``x.T``."""
-    name = str(getattr(func, "__name__", ""))
-    if name == "__get__":
-        return str(getattr(func.__self__, "__name__", ""))
-    name = name.split(".")[0].strip("_")
-    return _SPELLED.get(name, name)
 
 
 def _flowing(out: Any) -> Iterator[Tensor]:
@@ -204,14 +146,15 @@ class Watching(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         leaves, spec = tree_flatten((args, kwargs or {}))
         if len(self.current):
-            leaves = [self.current.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            leaves = [self.latest(leaf) for leaf in leaves]
         call = Call(func, leaves, spec, [place for place, leaf in enumerate(leaves) if self.depends(leaf)])
-        if call.places:
-            return self.called(call)
-        out = call.asked()
-        for tensor in _flowing(out):
-            self.weights[tensor] = True
-        return out
+        return self.called(call) if call.places else self.aside(call)
+
+    def latest(self, leaf: Any) -> Any:
+        """What an argument has become, where it is a tensor that was to be changed in place."""
+        while isinstance(leaf, Tensor) and leaf in self.current:
+            leaf = self.current[leaf]
+        return leaf
 
     def depends(self, leaf: Any) -> bool:
         """Whether an argument depends on the picture."""
@@ -222,6 +165,14 @@ class Watching(TorchFunctionMode):
     def called(self, call: Call) -> Any:
         """What the call answers."""
         raise NotImplementedError
+
+    def aside(self, call: Call) -> Any:
+        """What a call answers through which nothing is sent back."""
+        learned = any(True for _ in _flowing(call.leaves))  # else it begins to ask, as the output of a layer
+        out = call.asked()
+        for tensor in _flowing(out) if learned else ():
+            self.weights[tensor] = True
+        return out
 
     def inside(self, run: Callable[[], Any]) -> Any:
         """``run()`` inside the block, for a call that is made of others."""
@@ -259,12 +210,17 @@ class Rules(Watching):
     behind them.
 
     Raises:
-        ModelError: an operation comes by that the table has nothing for.
+        ModelError: an operation comes by that the table has nothing for, or a view of what was changed in place.
     """
 
     def __init__(self, table: Mapping[Kind, Handler], *, twice: bool = False) -> None:
         super().__init__()
         self.table, self.twice, self.over = table, twice, False
+        self.old: dict[int, StorageWeakRef] = {}  # what tensors that were to be changed in place lie in
+
+    def forget(self) -> None:
+        super().forget()
+        self.old.clear()
 
     def called(self, call: Call) -> Any:
         handler = self.table.get(call.kind)
@@ -273,9 +229,15 @@ class Rules(Watching):
             if any(True for _ in _flowing(out)):
                 raise ModelError(f"there is no rule for {call.name} ({call.kind}), which the network calls")
             return out  # asked for a shape, a comparison, ...
+        if self.old and any(x.untyped_storage()._cdata in self.old for x in call.inputs):
+            raise ModelError(
+                f"the network changes a tensor in place and hands a view of it (or its base) to {call.name}; "
+                "change a copy"
+            )
         out, changed = handler(call), call.overwrites
         if changed is not None:
-            self.current[changed] = out
+            self.current[changed], storage = out, changed.untyped_storage()
+            self.old[storage._cdata] = StorageWeakRef(storage)
         return out
 
 
@@ -287,10 +249,11 @@ def plainly(call: Call) -> Any:
 class Step:
     """A function of tensors and what it sends back to them in place of its derivative.
 
-    ``keeps_value`` and ``keeps_tensors`` say what ``back`` reads; the rest is not kept.
+    ``keeps_value`` and ``keeps_tensors`` say what ``back`` reads, of the tensors those from ``reads_from`` on; the rest
+    is not kept.
     """
 
-    keeps_value, keeps_tensors = False, False
+    keeps_value, keeps_tensors, reads_from = False, False, 0
 
     def run(self, *tensors: Tensor) -> Tensor:
         """The value at ``tensors``."""
@@ -311,17 +274,18 @@ class _Ruled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rules: Rules, step: Step, value: Tensor, *tensors: Tensor) -> Tensor:
         ctx.rules, ctx.step, ctx.count = rules, step, len(tensors)
-        own, out = tensors if step.keeps_tensors or rules.twice else (), value.view_as(value)
-        ctx.save_for_backward(*own, *((out,) if step.keeps_value else ()))  # unlike ``value``, it depends on them
+        read = tensors[step.reads_from :] if step.keeps_tensors else ()
+        own, out = tensors if rules.twice else read, value.view_as(value)
+        ctx.save_for_backward(*own, *((out,) if step.keeps_value else ()))  # not ``value``: it has no history
         return out
 
     @staticmethod
     def backward(ctx: Any, *sent: Tensor) -> tuple[Tensor | None, ...]:
-        saved, step = ctx.saved_tensors, ctx.step
-        value = saved[-1] if step.keeps_value else None
-        tensors = saved[: ctx.count] if step.keeps_tensors or ctx.rules.twice else ()
+        saved, step, twice = ctx.saved_tensors, ctx.step, ctx.rules.twice
+        tensors, value = (saved[:-1], saved[-1]) if step.keeps_value else (saved, None)
+        read = tensors[step.reads_from :] if twice else tensors
         over = ctx.rules.over
-        back = _derivative(step.run, tensors, sent[0]) if over else tuple(step.back(sent[0], value, tensors))
+        back = _derivative(step.run, tensors, sent[0]) if over else tuple(step.back(sent[0], value, read))
         return (None, None, None, *back, *(None for _ in range(ctx.count - len(back))))
 
 
@@ -330,6 +294,12 @@ def _derivative(
 ) -> tuple[Tensor | None, ...]:
     """``sent`` times the derivative of ``run`` at each of ``tensors`` that asks for it."""
     with torch.enable_grad():
-        asking = [one for one in tensors if one.requires_grad]
-        grads = iter(torch.autograd.grad(run(*tensors), asking, sent, create_graph=True, allow_unused=True))
-    return tuple(next(grads) if one.requires_grad else None for one in tensors)
+        at = apart(tensors)
+        asking = [one for one in at if one.requires_grad]
+        grads = iter(torch.autograd.grad(run(*at), asking, sent, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if one.requires_grad else None for one in at)
+
+
+def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors by names of their own: one may come twice, or be what another was computed from."""
+    return [one.view_as(one) for one in tensors]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from xcli.operations import name_of
+from xcli.kinds import name_of
 
 ACTIVATIONS = frozenset(
     (

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xcli.backward import (
+    Blocks,
     Curvature,
     Fold,
     Folded,
@@ -286,8 +287,7 @@ class Score:
         """Activations, gradients and values at layers, or at the input where ``at`` is empty.
 
         Args:
-            x: the images (B, C, H, W), explained for every row; or, with ``row``, inputs (M, C, H, W), input i for
-                ``row[i]``.
+            x: the images (B, C, H, W), explained for every row; or inputs (M, C, H, W), input i for ``row[i]``.
             at: layers; the graph starts at the first of them to run, so what comes before costs inference alone.
 
         Returns:
@@ -319,21 +319,22 @@ class Score:
         Args:
             at: names of modules, each of which yields one tensor; one that runs twice is folded twice.
             fold: (index into ``at``, gradient, number m of images) -> tensors (m, ...), of shapes that broadcast. The
-                gradient is that of the output as the module gives it; most give (m, ...). Images without a row in the
-                pass at hand bring zeros.
+                gradient is that of the output as the module gives it; images without a row in the pass bring zeros.
         """
         grads, *folds, values = folded(self, x, at, fold)
         return Folded(grads, tuple(folds), values)
 
-    def attended(self, x: Tensor, fold: Fold, *, gradients: bool = True) -> tuple[Tensor, ...]:
+    def attended(
+        self, x: Tensor, fold: Fold, *, gradients: bool = True, blocks: Blocks | None = None
+    ) -> tuple[Tensor, ...]:
         """What ``fold`` makes of the attention of the images (B, C, H, W) and its gradients: tensors (N, ...).
 
         Args:
-            fold: (probabilities, gradients of the score there), (m, heads, T, T) for each attention in the order in
-                which they ran (``layers.attention``), of m images of one pass -> tensors (m, ...); without
-                ``gradients``, from one pass forward, the second is empty.
+            fold: (probabilities, gradients of the score there), (m, heads, T, T) for each attention as they ran, of m
+                images of one pass -> tensors (m, ...); without ``gradients``, from a forward pass, the second is empty.
+            blocks: of the last attentions alone, one a block, with the gradient of the score of that block.
         """
-        return attended(self, x, fold) if gradients else attention(self, x, fold)
+        return attended(self, x, fold, blocks) if gradients else attention(self, x, fold)
 
     # ---- which copy serves which row --------------------------------------------------------------------------
 

@@ -165,13 +165,13 @@ class Trace:
         except ModelError:
             answers = _tensors(outputs)
         answers = [t for t in answers if t.requires_grad and t.grad_fn is not None]
-        head = _head(self.calls, answers)
-        starts = answers if head is None or head.entry is None else _entries(self.calls, head)
+        heads = _heads(self.calls, answers)
+        starts = [call.entry for call in heads if call.entry is not None] or answers
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(t.shape, generator=generator).to(t) for t in starts]
         if any(t.grad_fn is not None for t in starts):
             torch.autograd.grad(starts, pixels, noise, allow_unused=True)
-        return head
+        return heads[-1] if heads else None
 
 
 class Heeded:
@@ -195,31 +195,30 @@ class Heeded:
             yield Attention(name, (heads, tokens, keys), count // self.trace.batch, read)
 
 
-def _head(calls: Sequence[Call], answers: Sequence[Tensor]) -> Call | None:
-    """The last module with parameters on the way to the answer, if it has one channel for each logit."""
-    if not answers:
-        return None
+def _behind(answers: Sequence[Tensor]) -> set[Any]:
+    """What ``answers`` were computed from, in the autograd graph."""
     nodes, waiting = set(), [t.grad_fn for t in answers]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in nodes:
             nodes.add(node)
             waiting += [before for before, _ in node.next_functions]
-    last = next((call for call in reversed(calls) if call.entry is not None and call.node in nodes), None)
+    return nodes
+
+
+def _heads(calls: Sequence[Call], answers: Sequence[Tensor]) -> list[Call]:
+    """The last module with parameters on the way to the answer, if it has one channel for each logit, and others there
+    like it, whose answers are averaged: one a token of a distilled network."""
+    nodes = _behind(answers)
+    there = [call for call in calls if call.entry is not None and call.node in nodes]
     labels = answers[0].shape[-1] if len(answers) == 1 and answers[0].dim() == 2 else None
-    if (
-        last is None
-        or not last.shape
-        or (labels is not None and labels not in (last.shape[0], last.shape[-1]))
-    ):
-        return None
-    return last
-
-
-def _entries(calls: Sequence[Call], head: Call) -> list[Tensor]:
-    """What the head reads, and others like it, whose answers are averaged: one a token of a distilled network."""
-    alike = [call for call in calls if type(call.module) is type(head.module) and call.shape == head.shape]
-    return [call.entry for call in alike if call.entry is not None]
+    if not there or not there[-1].shape:
+        return []
+    head, shape = there[-1], there[-1].shape
+    if labels is not None and labels not in (shape[0], shape[-1]):
+        return []
+    alike = [call for call in there[:-1] if type(call.module) is type(head.module) and call.shape == shape]
+    return [*alike, head]
 
 
 def _passes(opened: _Open, t: Tensor) -> bool:

@@ -33,6 +33,7 @@ SHORTER: dict[str, dict[str, object]] = {
     "blur-ig": {"steps": 20},
     "guided-ig": {"steps": 20},
     "expected-gradients": {"baselines": "other scenes", "samples": 20},
+    "deeplift-shap": {"baselines": "other scenes"},
     "smoothgrad": {"samples": 20},
     "squaregrad": {"samples": 20},
     "vargrad": {"samples": 20},

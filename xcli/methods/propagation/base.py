@@ -5,13 +5,13 @@ How rules reach operations, and why that way, ``operations`` says; what they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xcli.errors import ModelError
@@ -27,12 +27,14 @@ from xcli.targets import Rows
 class Origin:
     """Where a tensor comes from: the linear map that gave it, if one did, and whether it can be negative.
 
-    ``pixels``: the picture itself, but for where its numbers stand and what multiples of them.
+    ``pixels``: the picture itself, but for where its numbers stand and what multiples of them; ``box``: the lowest and
+    the highest that those can be, where that is asked for.
     """
 
     made_by: tuple[Linear, Tensor, Tensor, Tensor | None] | None = None
     signed: bool = True
     pixels: bool = False
+    box: tuple[Tensor, Tensor] | None = None
 
 
 _UNSIGNED = frozenset(("relu", "relu6", "sigmoid", "softplus", "hardsigmoid"))
@@ -52,10 +54,14 @@ class Relevance(Rules):
 
     Args:
         rule: gives each layer its rule.
-        epsilon: stabilises what divides in proportion.
+        epsilon: stabilises what divides in proportion, see ``stabilised``.
         positive: sums and averages divide among positive parts alone.
+        constants: the buffers of a network in which constants that are added (these, parameters, what was made of
+            them, numbers) get nothing; left out, they have their share, which is lost. What else has no graph belongs
+            to the picture and comes from before the layer at which the graph begins.
         fold: join batch norms with the layer before them.
         from_pixels: the first tensor that is seen is the picture, not the output of some layer.
+        box: the lowest and the highest that pixels can be, (1, C or 1, 1, 1) each, for rules that ask.
     """
 
     def __init__(
@@ -64,9 +70,11 @@ class Relevance(Rules):
         *,
         epsilon: float = 1e-6,
         positive: bool = False,
+        constants: Iterable[Tensor] | None = None,
         fold: bool = True,
         norms: bool = False,
         from_pixels: bool = True,
+        box: tuple[Tensor, Tensor] | None = None,
         twice: bool = False,
     ) -> None:
         table: Mapping[Kind, Handler] = {
@@ -82,24 +90,52 @@ class Relevance(Rules):
         }
         super().__init__(table, twice=twice)
         self.rule, self.epsilon, self.positive, self.norms = rule, epsilon, positive, norms
-        self.fold, self.from_pixels = fold, from_pixels
+        self.fold, self.from_pixels, self.box = fold, from_pixels, box
+        self.buffers = None if constants is None else tuple(constants)
+        self.constants = WeakIdKeyDictionary()
         self.origins = WeakIdKeyDictionary()
         self.joined: set[int] = set()  # by the id of their weights: layers that a batch norm was joined with
 
     def __enter__(self) -> Relevance:
         self.begun = False
+        self.hold(self.buffers)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def forget(self) -> None:
         super().forget()
         self.origins.clear()
+        self.constants.clear()
+
+    def hold(self, found: Any) -> None:
+        """Remember tensors that are constants."""
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self.constants[leaf] = True
+
+    def constant(self, leaf: Any) -> bool:
+        """Whether an argument is the same for every picture."""
+        return not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter) or leaf in self.constants
+
+    def aside(self, call: Call) -> Any:
+        known = self.buffers is not None and all(map(self.constant, call.leaves))
+        out = super().aside(call)
+        if known:
+            self.hold(out)
+        return out
 
     def called(self, call: Call) -> Any:
         if not self.begun:
             self.begun = True
-            self.origins[call.inputs[0]] = Origin(pixels=self.from_pixels)
+            self.origins[call.inputs[0]] = self.first(call.inputs[0])
         return super().called(call)
+
+    def first(self, x: Tensor) -> Origin:
+        """What is known of the first tensor."""
+        if not self.from_pixels or self.box is None:
+            return Origin(pixels=self.from_pixels)
+        low, high = (bound.to(x).expand_as(x).contiguous() for bound in self.box)
+        return Origin(pixels=True, box=(low, high))
 
     def origin(self, x: Tensor) -> Origin:
         found: Origin = self.origins.get(x, _UNKNOWN)
@@ -107,17 +143,29 @@ class Relevance(Rules):
 
     def moved(self, call: Call) -> Any:
         out, origins = plainly(call), [self.origin(x) for x in call.inputs]
-        args, kwargs = call.arguments
-        signed = any(origin.signed for origin in origins)
-        if call.name in ("pad", "constant_pad_nd"):
-            signed = signed or (kwargs.get("value") or (args[3] if len(args) > 3 else 0) or 0) < 0
-        self.note(out, Origin(signed=signed, pixels=all(origin.pixels for origin in origins)))
+        if any(out is x for x in call.inputs):  # dropout, contiguous
+            return out
+        signed = any(origin.signed for origin in origins) or _brings_negative(call)
+        pixels = all(origin.pixels for origin in origins)
+        self.note(out, Origin(signed=signed, pixels=pixels), self.bounds(call))
         return out
 
-    def note(self, out: Any, origin: Origin) -> None:
-        """Remember where what a call gave comes from."""
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            self.origins[tensor] = origin
+    def note(self, out: Any, origin: Origin, box: tuple[Any, Any] | None = None) -> None:
+        """Remember where what a call gave comes from; ``box``: what it would give for the ends of the picture's."""
+        ends = None if box is None else list(zip(*map(tree_leaves, box), strict=True))
+        for place, tensor in enumerate(tree_leaves(out)):
+            if isinstance(tensor, Tensor):
+                own = None if ends is None else (torch.minimum(*ends[place]), torch.maximum(*ends[place]))
+                self.origins[tensor] = replace(origin, box=own)
+
+    def bounds(self, call: Call) -> tuple[Any, Any] | None:
+        """What a call that moves, scales or shifts pixels gives for the lowest and the highest ones."""
+        boxes = [self.origin(x).box for x in call.inputs]
+        known = [box for box in boxes if box is not None]
+        if len(known) < len(boxes):
+            return None
+        with torch.no_grad():
+            return call.run(*(low for low, _ in known)), call.run(*(high for _, high in known))
 
     def weighted(self, call: Call) -> Tensor:
         linear, x, weight, bias = Linear.of(call)
@@ -133,12 +181,24 @@ class Relevance(Rules):
         rule = self.rule(owner, linear.name, origin.pixels)
         if not rule.shares and value.shape != x.shape:
             raise ModelError(
-                "lrp: pass is for layers that keep the shape of their input; give this one another rule"
+                f"lrp: rules: pass is for layers that keep the shape of their input, which {rule.layer!r} does not; "
+                "give it another rule"
             )
-        step = Weighted(linear, rule, signed=origin.signed)
+        if rule.boxed:
+            if origin.box is None:
+                raise ModelError(
+                    f"lrp: rules: z-box is for layers that read the picture, which {rule.layer!r} does not; give it "
+                    "another rule"
+                )
+            rule = replace(rule, low=origin.box[0], high=origin.box[1])
+        step = self.step(linear, rule, origin.signed)
         out = ruled(self, step, value, x, weight, *(() if bias is None else (bias,)))
         self.origins[out] = Origin(made_by=(linear, x, weight, bias))
         return out
+
+    def step(self, linear: Linear, rule: Rule, signed: bool) -> Step:
+        """How a layer sends back what arrives at its output."""
+        return Weighted(linear, rule, signed=signed)
 
     def normalised(self, call: Call) -> Any:
         found = normalising(call)
@@ -147,10 +207,10 @@ class Relevance(Rules):
                 "a batch norm takes the statistics of the batch, so no image can be explained by itself"
             )
         x, scale, shift = found
-        with torch.no_grad():
-            value = call.run(*call.inputs)
         before = self.origin(x).made_by if self.fold else None
-        if before is not None:
+        if before is not None and (x.ndim == 2 or before[0].name != "linear"):  # features are channels
+            with torch.no_grad():
+                value = call.run(*call.inputs)
             linear, own, weight, bias = before
             self.joined.add(id(weight))
             return self.by_rule(linear, value, own, *linear.folded(weight, bias, scale, shift), weight)
@@ -160,23 +220,29 @@ class Relevance(Rules):
 
     def divided(self, call: Call) -> Any:
         origins = [self.origin(x) for x in call.inputs]
-        if call.kind == "sum" and len(origins) == 1 and origins[0].pixels:  # the picture less its mean
+        constant = call.kind == "sum" and len(origins) == 1
+        if constant and (origins[0].pixels or self.shifted(call)):  # pixels: the picture less its mean
             return self.passed(call)
         with torch.no_grad():
             value = call.run(*call.inputs)
         out = ruled(self, Proportional(call, self.epsilon, self.positive), value, *call.inputs)
-        exact = call.name in ("mean", "sum") or "avg_pool" in call.name or call.name == "add"
-        constant = call.kind == "sum" and len(origins) == 1
+        exact = call.name in ("mean", "sum") or "avg_pool" in call.name
+        exact = exact or (call.name == "add" and "alpha" not in call.arguments[1])
         self.origins[out] = Origin(signed=not exact or constant or any(origin.signed for origin in origins))
         return out
+
+    def shifted(self, call: Call) -> bool:
+        """Whether what is added to the one input is a constant that gets nothing."""
+        others = (leaf for place, leaf in enumerate(call.leaves) if place not in call.places)
+        return self.buffers is not None and all(map(self.constant, others))
 
     def passed(self, call: Call) -> Tensor:
         with torch.no_grad():
             value = call.run(*call.inputs)
-        origin = self.origin(call.inputs[0])
+        pixels = self.origin(call.inputs[0]).pixels and call.kind != "activation"
         out = ruled(self, Pass(call if self.twice else None), value, *call.inputs)
-        pixels = origin.pixels and call.kind != "activation"
-        self.origins[out] = Origin(signed=call.name not in _UNSIGNED, pixels=pixels)
+        origin = Origin(signed=call.name not in _UNSIGNED, pixels=pixels)
+        self.note(out, origin, self.bounds(call) if pixels else None)
         return out
 
     def picked(self, call: Call) -> Any:
@@ -186,6 +252,22 @@ class Relevance(Rules):
 
 
 _UNKNOWN = Origin()
+
+
+def _brings_negative(call: Call) -> bool:
+    """Whether a call that moves entries may add negative ones that do not depend on the picture."""
+    args, kwargs = call.arguments
+    match call.name:
+        case "pad":
+            filled = kwargs.get("value", args[3] if len(args) > 3 else None)
+            return (filled or 0) < 0
+        case "cat" | "concat" | "concatenate" | "stack" | "hstack" | "vstack" | "setitem" | "constant_pad_nd":
+            return any(place not in call.places for place, leaf in enumerate(call.leaves) if _number(leaf))
+    return False
+
+
+def _number(leaf: Any) -> bool:
+    return isinstance(leaf, float) or (isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 class Start(Step):

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from xcli.errors import ConfigError, ModelError
 from xcli.layers import Layer, Layers
@@ -18,7 +18,7 @@ from xcli.methods.base import Attribution, Need
 from xcli.methods.gradient.base import INPUT, LayerMethod
 from xcli.methods.propagation.base import Relevance, Start, refuse, started
 from xcli.methods.propagation.rules import Rule, Share
-from xcli.operations import Kind
+from xcli.operations import Kind, Operation
 from xcli.registry import method, nearest
 from xcli.score import Score
 
@@ -81,7 +81,7 @@ class LRP(LayerMethod):
     - ``z+``: :math:`x^+ \odot W^{+\top} s + x^- \odot W^{-\top} s`, s = R / (W+ x+ + W- x- + b+);
     - ``alpha-beta``: alpha times z+ less beta = alpha - 1 times the same of the negative contributions; alpha 2;
     - ``z-box``: :math:`x \odot W^\top s - l \odot W^{+\top} s - h \odot W^{-\top} s`, s = R / (W x - W+ l - W- h),
-      with l and h the lowest and the highest input there can be, see ``box``;
+      with l and h the lowest and the highest input there can be, see ``box``; for layers that read the picture;
     - ``flat``: every input of an output gets the same; ``w2``: in proportion to W squared;
     - ``pass``: relevance goes through, for batch norms and layers that keep their shape.
 
@@ -133,6 +133,8 @@ class LRP(LayerMethod):
                 raise ConfigError(
                     "lrp: conservation: layers is measured on the way to the input; leave `layer` out"
                 )
+        if self.box != "auto" and not self.box[0] < self.box[1]:
+            raise ConfigError(f"lrp: box: the lowest input, then the highest; got {list(self.box)}")
         norms = self.table.get("batch-norm", "pass")
         if norms not in ("pass", "epsilon"):
             raise ConfigError(f"lrp: rules: batch-norm takes pass or epsilon; got {norms}")
@@ -162,18 +164,32 @@ class LRP(LayerMethod):
                 )
         return super().looks_at(layers)
 
+    def span(self, score: Score, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest and highest input, (1, C or 1, 1, 1) each."""
+        if self.box != "auto":
+            low, high = (x.new_full((1, 1, 1, 1), bound) for bound in self.box)
+            return low, high
+        if score.span is None:
+            raise ConfigError(
+                "lrp: z-box has to know the lowest and highest input, and the images came preprocessed: "
+                "box: [low, high], in normalised units"
+            )
+        low, high = (bound.view(1, -1, 1, 1) for bound in score.span)
+        return low, high
+
     def attribute(self, score: Score, x: Tensor) -> Attribution:
         chosen = Choice(self, score)
         rules = Relevance(
             chosen,
             norms=self.table.get("batch-norm") == "epsilon",
+            box=self.span(score, x) if "z-box" in self.table.values() else None,
             from_pixels=self.layer == INPUT or score.create_graph,
             twice=score.create_graph,
         )
         score = started(score, rules, Start())
         extras: dict[str, Tensor] = {}
         if self.conservation == "layers":
-            names = list(dict.fromkeys(op.module for op in score.layers.operations if op.kind in MEASURED))
+            names = list(dict.fromkeys(op.module for op in score.layers.operations if measured(op)))
             found = score.folded(x, names, Sums(len(names)))
             relevance, values = found.grads, found.values
             for place, name in enumerate(names):
@@ -199,7 +215,11 @@ RULED: tuple[Kind, ...] = (
     "maximum",
     "activation",
 )
-MEASURED: tuple[Kind, ...] = ("weighted", "batch-norm")
+
+
+def measured(operation: Operation) -> bool:
+    """Whether ``conservation: layers`` tells the relevance at what a module makes of it."""
+    return operation.module != "" and operation.kind in ("weighted", "batch-norm")
 
 
 class Choice:
@@ -209,54 +229,53 @@ class Choice:
         self.method, self.score = method, score
         modules = score.module.named_parameters(remove_duplicate=True)
         self.names = {id(weight): name.rpartition(".")[0] for name, weight in modules}
-        self.bounds: tuple[Tensor, Tensor] | None = None
+        for name, part in score.module.named_modules():
+            if self.named(name) != self.named("") and _makes_weights(part):
+                raise ModelError(
+                    f"lrp: rules: {name!r} makes its weights anew each time it runs, so it cannot be told by its name; "
+                    "give a rule for its type"
+                )
 
     def __call__(self, weight: Tensor, function: str, pixels: bool) -> Rule:
         name, table = self.names.get(id(weight), ""), self.method.table
         kind = "linear" if function == "linear" else "convolution"
-        spec = next(
-            (rule for key, rule in table.items() if key not in TYPES and fnmatchcase(name, key)), None
-        )
+        spec = self.named(name)
         if spec is None and pixels:
             spec = table.get("first")
         if spec is None:
             spec = table.get(kind)
         if spec is None:
             raise ModelError(f"lrp: rules has none for {name!r}: name it, or give one for {kind}")
-        return self.made(spec)
+        return replace(made(spec), layer=name)
 
-    def made(self, spec: RuleSpec) -> Rule:
-        """A rule from how the config names it."""
-        name, number = (spec, None) if isinstance(spec, str) else next(iter(spec.items()))
-        match name:
-            case "pass":
-                return Rule(())
-            case "epsilon":
-                return Rule(SHARES[name], epsilon=1e-6 if number is None else number)
-            case "alpha-beta":
-                alpha = 2.0 if number is None else number
-                return Rule((replace(POSITIVE, factor=alpha), replace(NEGATIVE, factor=1 - alpha)))
-            case "z-box":
-                low, high = self.box()
-                return Rule(SHARES[name], low=low, high=high)
-        return Rule(SHARES[name], gamma=0.25 if number is None else number)
-
-    def box(self) -> tuple[Tensor, Tensor]:
-        """The lowest and highest input, (1, C, 1, 1) each."""
-        if self.method.box != "auto":
-            low, high = (torch.tensor(bound).view(1, 1, 1, 1) for bound in self.method.box)
-            return low, high
-        if self.score.span is None:
-            raise ConfigError(
-                "lrp: z-box has to know the lowest and highest input, and the images came preprocessed: "
-                "box: [low, high], in normalised units"
-            )
-        low, high = (bound.view(1, -1, 1, 1) for bound in self.score.span)
-        return low, high
+    def named(self, name: str) -> RuleSpec | None:
+        """The rule that the table has for the name of a module."""
+        rules = self.method.table.items()
+        return next((rule for key, rule in rules if key not in TYPES and fnmatchcase(name, key)), None)
 
     def joined(self, rules: Relevance) -> set[str]:
         """Modules whose output relevance does not pass, as the batch norm behind them was made part of them."""
         return {self.names.get(key, "") for key in rules.joined}
+
+
+def _makes_weights(part: nn.Module) -> bool:
+    """Whether a layer's weights are no parameter, as with a weight norm."""
+    weight = getattr(part, "weight", None)
+    return isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter)
+
+
+def made(spec: RuleSpec) -> Rule:
+    """A rule from how the config names it."""
+    name, number = (spec, None) if isinstance(spec, str) else next(iter(spec.items()))
+    match name:
+        case "pass":
+            return Rule(())
+        case "epsilon":
+            return Rule(SHARES[name], epsilon=1e-6 if number is None else number)
+        case "alpha-beta":
+            alpha = 2.0 if number is None else number
+            return Rule((replace(POSITIVE, factor=alpha), replace(NEGATIVE, factor=1 - alpha)))
+    return Rule(SHARES[name], gamma=0.25 if number is None else number)
 
 
 class Sums:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xcli.linear import Linear
-from xcli.operations import Call, Step
+from xcli.operations import Call, Step, apart
 from xcli.precision import full
 
 InputPart = Literal["all", "positive", "negative", "one", "low", "high"]
@@ -43,26 +43,32 @@ class Rule:
     .. math:: R_i = \\sum_s f_s \\sum_t x^t_i (W^{t\\top} \\frac{R}{z_s + \\epsilon\\,sign(z_s)})_i, \\quad
         z_s = \\sum_t W^t x^t + b_s
 
-    with the shares s and their terms t; sign(0) = 1. ``epsilon`` may be ``None``, see ``stabilised``.
+    with the shares s and their terms t; sign(0) = 1.
     """
 
     shares: tuple[Share, ...]
-    epsilon: float | None = 1e-6
+    epsilon: float = 1e-6
     gamma: float = 0.0
-    low: Tensor | None = None  # (1, C, 1, 1)
+    low: Tensor | None = None  # of the input's shape
     high: Tensor | None = None
+    layer: str = ""
+
+    @property
+    def boxed(self) -> bool:
+        """Whether it asks for the lowest and highest input there can be."""
+        return any(of_input == "low" for share in self.shares for of_input, _ in share.terms)
 
 
 _NOTHING = 1e-20
 """In float32 the inverse of what is larger can still be summed."""
 
 
-def stabilised(z: Tensor, epsilon: float | None) -> Tensor:
-    """z + epsilon sign(z), with sign(0) = 1; with ``None`` z itself, but infinite where it is 0: what is to be divided
-    there among nothing is lost, and no large number is left for a transform in a convolution to round."""
-    if epsilon is None:
+def stabilised(z: Tensor, epsilon: float) -> Tensor:
+    """z + epsilon sign(z), with sign(0) = 1. With 0 it is z itself, but infinite where that is nothing: what arrives
+    there is lost, and no large number is left for the transforms of a convolution to round."""
+    if epsilon == 0:
         return torch.where(z.abs() > _NOTHING, z, torch.inf)
-    return z if epsilon == 0 else z + torch.where(z < 0, -epsilon, epsilon).to(z)
+    return torch.where(z < 0, z - epsilon, z + epsilon)
 
 
 class Pass(Step):
@@ -83,7 +89,7 @@ class Pass(Step):
 
 class Proportional(Step):
     """Relevance of a linear map without weights goes to its inputs in proportion to what each adds; with ``positive``,
-    to what their positive parts add."""
+    to what their positive parts add by the positive parts of constants."""
 
     keeps_tensors = True
 
@@ -97,16 +103,27 @@ class Proportional(Step):
     def back(self, sent: Tensor, value: Tensor | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            xs = [x if again else x.detach() for x in tensors]
+            xs = [full(x) for x in apart(tensors if again else [x.detach() for x in tensors])]
             xs = [x.clamp(min=0) for x in xs] if self.positive else xs
             at = [x if x.requires_grad else x.requires_grad_() for x in xs]
-            z = self.run(*at)
-            shares = torch.autograd.grad(z, at, sent / stabilised(z, self.epsilon), create_graph=again)
-            return [x * share for x, share in zip(xs, shares, strict=True)]
+            z = (_excited(self.call) if self.positive else self.call).run(*at)
+            given = full(sent) / stabilised(z, self.epsilon)
+            shares = torch.autograd.grad(z, at, given, create_graph=again)
+        return [x * share for x, share in zip(xs, shares, strict=True)]
+
+
+def _excited(call: Call) -> Call:
+    """The call with the positive parts of whatever it is given besides its inputs."""
+    leaves = [
+        leaf.clamp(min=0) if isinstance(leaf, Tensor) and place not in call.places else leaf
+        for place, leaf in enumerate(call.leaves)
+    ]
+    return Call(call.func, leaves, call.spec, call.places)
 
 
 class Weighted(Step):
-    """Relevance of a convolution or linear layer, by a rule; its tensors are input, weights and, if any, bias."""
+    """Relevance of a convolution or linear layer, by a rule; its tensors are input, weights and, if any, bias. Backward
+    passes are not under autocast, so it computes in full precision what it gets."""
 
     keeps_tensors = True
 
@@ -115,10 +132,10 @@ class Weighted(Step):
         self.keeps_value = any(share.where != "all" or _whole(share) for share in rule.shares)
 
     def run(self, *tensors: Tensor) -> Tensor:
-        return self.linear(*tensors)
+        return self.linear(*map(full, tensors))
 
     def back(self, sent: Tensor, value: Tensor | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        x, weight, *rest = tensors
+        sent, (x, weight, *rest) = full(sent), map(full, tensors)
         bias = rest[0] if rest else None
         total = None if self.rule.shares else sent
         for share in self.rule.shares:
@@ -138,11 +155,15 @@ class Weighted(Step):
             if share.where != "all" and value is not None:
                 given = given * (value > 0 if share.where == "positive" else value < 0)
             for of_input, of_weights in terms:
-                found = of_input * self.linear.back(given, of_weights, x)
+                found = self.shared(of_input) * self.linear.back(given, of_weights, x)
                 found = found if share.factor == 1 else share.factor * found
                 total = found if total is None else total + found
         assert total is not None
         return (total,)
+
+    def shared(self, part: Tensor) -> Tensor | bool:
+        """What the share of each unit of a part of the input is multiplied by."""
+        return part
 
     def part(self, x: Tensor, which: InputPart) -> Tensor:
         """The part of the input that a term asks for."""
@@ -156,7 +177,7 @@ class Weighted(Step):
             case "low" | "high":
                 bound = self.rule.low if which == "low" else self.rule.high
                 assert bound is not None
-                return bound.to(x).expand_as(x)
+                return bound.to(x)
         return x
 
     def weights(self, w: Tensor, which: WeightPart) -> Tensor:

@@ -1,0 +1,141 @@
+"""DeepLIFT: the difference in score to another picture, handed back layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from xcli.baselines import Removal
+from xcli.errors import ConfigError
+from xcli.layers import Layer, Layers
+from xcli.methods.base import Attribution
+from xcli.methods.gradient.base import PixelMethod
+from xcli.methods.propagation.base import refuse
+from xcli.methods.propagation.multipliers import Multipliers, Paired, Rule, differences
+from xcli.operations import Kind
+from xcli.registry import method, options
+from xcli.score import Score
+
+RULED: tuple[Kind, ...] = (
+    *("rearrangement", "weighted", "batch-norm", "average", "sum", "difference", "scaling"),
+    *("product", "maximum", "activation"),
+)
+
+
+@options
+class DifferenceMethod(PixelMethod):
+    r"""The difference in score to another picture x', shared among the pixels by multipliers: m (x - x').
+
+    m is the gradient of the number explained at the network's outputs, and on from there what each operation makes of
+    it: a linear one (convolutions, linear layers, batch norms, sums, averages) what its derivative does, and of the
+    others, with D the difference of a value from what it is on x',
+
+    - an activation t = f(a): by ``rule``. ``rescale``: :math:`m_a = m_t \frac{Dt}{Da}`. ``reveal-cancel``: of the a of
+      a convolution or linear layer, batch norm and all, or of a sum of two, what adds to Da and what takes from it
+      have a multiplier each, :math:`Da_\pm = \sum_i (w_i Dx_i)^\pm`,
+
+      .. math:: m_\pm = \frac{m_t}{2 Da_\pm} \big[f(a' + Da_\pm) - f(a') + f(a) - f(a' + Da_\mp)\big]
+
+      and what reads x_i sends it :math:`w_i m_+` or :math:`w_i m_-`, by the sign of w_i Dx_i, their mean where that is
+      0; behind anything else it is the same as ``rescale``. ``mixed``: that behind linear layers alone, elsewhere
+      ``rescale``. Where there is no difference to divide by, the derivative;
+    - max pooling: the entry that is the largest in x, or in x' where that is larger, has all;
+    - a product, such as the gate of squeeze-and-excitation: each factor has the mean of the other's two values, the
+      mean over both orders of changing them.
+
+    The map sums to y(x) - y(x') where y is a logit; ``extras`` have what is missing, ``delta``, that sum less the
+    difference. In another unit, the last step from logits to the number is its derivative at x, and ``delta`` says
+    what that costs. Unit: that of the score. Networks with attention, softmax, layer norm or a division by what they
+    see have no rules here and are refused by the name of the module.
+
+    Source: Shrikumar et al. 2017, arXiv:1704.02685, sections 3.5.2 and 3.5.3. Departs: the rule for products, which the
+    paper has none for; max pooling is captum's, for windows that overlap too.
+    """
+
+    rule: Annotated[
+        Rule,
+        Field(
+            description="of activations: rescale; reveal-cancel; mixed, which is reveal-cancel behind linear layers"
+        ),
+    ] = "rescale"
+
+    def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
+        refuse(self.name, layers, RULED, "integrated-gradients takes any network")
+        return ()
+
+    def compared(self, score: Score, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The map of each row (N, C, H, W) and its difference in score (N,), from ``start``: (1, C, H, W) for all, or
+        (B, C, H, W)."""
+        self.looks_at(score.layers)
+        rules, shared = Multipliers(self.rule, twice=score.create_graph), len(start) == 1
+        paired = Paired(score.module, rules, start if shared else None)
+        given = x if shared else torch.stack([x, start], 1)
+        found = score.using(paired).reading(differences).gradients(given)
+        rules.over = True
+        multipliers = found.grads[0] if shared else found.grads[0][:, 0]
+        return multipliers * (x - start)[score.image.to(x.device)], found.values
+
+
+@method("deeplift")
+class DeepLIFT(DifferenceMethod, Removal):
+    """The difference in score to a picture without content, handed back layer by layer: one backward pass.
+
+    The picture has every pixel removed, as ``substrate`` says: by default 0, the mean colour of the preprocessing. The
+    rest is said above. Source: Shrikumar et al. 2017, arXiv:1704.02685, whose images are compared with black and whose
+    code takes ``mixed`` where it is not told (``preset: original``). ``preset: captum`` leaves the colours apart.
+    """
+
+    cost: ClassVar[str] = "1 forward + 1 backward; another forward where images have a substrate of their own"
+    source: ClassVar[str] = "Shrikumar et al. 2017, arXiv:1704.02685"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "original": {"rule": "mixed"},
+        "captum": {"reduce": "none"},
+    }
+
+    def attribute(self, score: Score, x: Tensor) -> Attribution:
+        start = self.whole(score, x)
+        found, gap = self.compared(score, x, start[:1] if self.substrate == "constant" else start)
+        return Attribution(found, {"delta": found.sum((1, 2, 3)) - gap})
+
+
+@method("deeplift-shap")
+class DeepLIFTSHAP(DifferenceMethod):
+    """The difference in score to other pictures, handed back layer by layer: the mean of ``deeplift`` over all the
+    pictures of the folder ``baselines``.
+
+    With ``rescale``, DeepSHAP. Of a folder of more than 128 pictures so many are taken, spread evenly over its sorted
+    list. ``delta``: the sum of the map less y(x) and the mean of y over the pictures. Source: Lundberg and Lee 2017,
+    arXiv:1705.07874, section 4.2, Deep SHAP. ``preset: captum`` leaves the colours apart.
+
+    Raises:
+        ConfigError: the pictures of ``baselines`` are not there, or of another size than the images.
+    """
+
+    cost: ClassVar[str] = "1 forward + 1 backward for each picture of the folder"
+    source: ClassVar[str] = "Lundberg and Lee 2017, arXiv:1705.07874"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {"captum": {"reduce": "none"}}
+    small: ClassVar[Mapping[str, object]] = {"baselines": "sample_images/photos"}
+
+    baselines: Annotated[
+        str, Field(description="folder (or list, glob) of the pictures to compare with; has to be named")
+    ] = ""
+
+    def draws_from(self) -> tuple[str, ...]:
+        return (self.baselines,)
+
+    def attribute(self, score: Score, x: Tensor) -> Attribution:
+        given = score.picture(self.baselines)
+        if given.shape[1:] != x.shape[1:]:
+            raise ConfigError(
+                f"{self.name}: the pictures to compare with are {tuple(given.shape[1:])}, the images "
+                f"{tuple(x.shape[1:])}; they have to be of one size"
+            )
+        total, gap = x.new_zeros(()), x.new_zeros(())
+        for start in given.to(x).split(1):
+            own, difference = self.compared(score, x, start)
+            total, gap = total + own / len(given), gap + difference / len(given)
+        return Attribution(total, {"delta": total.sum((1, 2, 3)) - gap})
