@@ -219,6 +219,8 @@ def test_methods_lists_every_method_on_a_line_below_its_family(xai):
         "cam",
         "gradient",
         "perturbation",
+        "propagation",
+        "transformer",
     ]
     assert lines.index("gradient") < [line.split(" ")[0] for line in lines].index("saliency")
     listed = json.loads(xai("methods", "--json").stdout)

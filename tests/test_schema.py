@@ -47,6 +47,7 @@ def matches(schema: dict[str, Any], value: Any) -> bool:
         "minItems",
         "propertyNames",
         "minProperties",
+        "maxProperties",
     }
     known |= {
         "maxItems",
@@ -75,7 +76,7 @@ def matches(schema: dict[str, Any], value: Any) -> bool:
         if isinstance(others, dict):
             checks += [matches(others, inner) for key, inner in value.items() if key not in own]
         checks += [matches(schema.get("propertyNames", {}), key) for key in value]
-        checks += [len(value) >= schema.get("minProperties", 0)]
+        checks += [schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", 1e9)]
     if isinstance(value, list):
         checks += [matches(schema.get("items", {}), item) for item in value]
         checks += [schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", 1e9)]

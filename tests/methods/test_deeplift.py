@@ -113,7 +113,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
         net = torchvision.models.get_model(name, num_classes=10).double()
     if name == "vgg11_bn":
         net.avgpool = nn.AdaptiveAvgPool2d(1)
-        net.classifier = nn.Sequential(nn.Linear(512, 10))
+        net.classifier = nn.Linear(512, 10).double()
     for part in net.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = None
@@ -641,8 +641,9 @@ def differentiable(self: nn.Module, x: Tensor) -> Tensor:
     return self.head(x.amax((2, 3)))
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "own"), [("rescale", True), ("reveal-cancel", False), ("reveal-cancel", True), ("mixed", False)]
+)
 def test_maps_have_the_derivatives_of_what_they_are_computed_from(rule, own):
     net = seeded(
         lambda: Does(
@@ -657,8 +658,9 @@ def test_maps_have_the_derivatives_of_what_they_are_computed_from(rule, own):
     x, weights = X[:2, :, :6, :6].clone().requires_grad_(), dict(net.named_parameters())
     weight = images(2, 3, 6, 6, seed=8)
 
+    score = replace(bound(net, x.detach(), [1, 2]), create_graph=True)
+
     def loss() -> Tensor:
-        score = replace(bound(net, x.detach(), [1, 2]), create_graph=True)
         start = START[:, :, :6, :6] if not own else torch.cat([x[1:] / 2, x[:1] ** 2])
         return (DeepLIFT(rule=rule).compared(score, x, start)[0] * weight).sum()
 

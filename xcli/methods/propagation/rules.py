@@ -68,7 +68,7 @@ def stabilised(z: Tensor, epsilon: float) -> Tensor:
     there is lost, and no large number is left for the transforms of a convolution to round."""
     if epsilon == 0:
         return torch.where(z.abs() > _NOTHING, z, torch.inf)
-    return torch.where(z < 0, z - epsilon, z + epsilon)
+    return torch.where(z < 0, z.new_full((), -epsilon), z.new_full((), epsilon)).add_(z)
 
 
 class Pass(Step):
