@@ -28,33 +28,7 @@ RULED: tuple[Kind, ...] = (
 
 @options
 class DifferenceMethod(PixelMethod):
-    r"""The difference in score to another picture x', shared among the pixels by multipliers: m (x - x').
-
-    m is the gradient of the number explained at the network's outputs, and on from there what each operation makes of
-    it: a linear one (convolutions, linear layers, batch norms, sums, averages) what its derivative does, and of the
-    others, with D the difference of a value from what it is on x',
-
-    - an activation t = f(a): by ``rule``. ``rescale``: :math:`m_a = m_t \frac{Dt}{Da}`. ``reveal-cancel``: of the a of
-      a convolution or linear layer, batch norm and all, or of a sum of two, what adds to Da and what takes from it
-      have a multiplier each, :math:`Da_\pm = \sum_i (w_i Dx_i)^\pm`,
-
-      .. math:: m_\pm = \frac{m_t}{2 Da_\pm} \big[f(a' + Da_\pm) - f(a') + f(a) - f(a' + Da_\mp)\big]
-
-      and what reads x_i sends it :math:`w_i m_+` or :math:`w_i m_-`, by the sign of w_i Dx_i, their mean where that is
-      0; behind anything else it is the same as ``rescale``. ``mixed``: that behind linear layers alone, elsewhere
-      ``rescale``. Where there is no difference to divide by, the derivative;
-    - max pooling: the entry that is the largest in x, or in x' where that is larger, has all;
-    - a product, such as the gate of squeeze-and-excitation: each factor has the mean of the other's two values, the
-      mean over both orders of changing them.
-
-    The map sums to y(x) - y(x') where y is a logit; ``extras`` have what is missing, ``delta``, that sum less the
-    difference. In another unit, the last step from logits to the number is its derivative at x, and ``delta`` says
-    what that costs. Unit: that of the score. Networks with attention, softmax, layer norm or a division by what they
-    see have no rules here and are refused by the name of the module.
-
-    Source: Shrikumar et al. 2017, arXiv:1704.02685, sections 3.5.2 and 3.5.3. Departs: the rule for products, which the
-    paper has none for; max pooling is captum's, for windows that overlap too.
-    """
+    """What ``deeplift`` and ``deeplift-shap`` share: the map of a picture beside another."""
 
     rule: Annotated[
         Rule,
@@ -82,11 +56,36 @@ class DifferenceMethod(PixelMethod):
 
 @method("deeplift")
 class DeepLIFT(DifferenceMethod, Removal):
-    """The difference in score to a picture without content, handed back layer by layer: one backward pass.
+    r"""The difference in score to a picture without content, handed back layer by layer: one backward pass.
 
-    The picture has every pixel removed, as ``substrate`` says: by default 0, the mean colour of the preprocessing. The
-    rest is said above. Source: Shrikumar et al. 2017, arXiv:1704.02685, whose images are compared with black and whose
-    code takes ``mixed`` where it is not told (``preset: original``). ``preset: captum`` leaves the colours apart.
+    .. math:: \sum_c m_c \odot (x_c - x'_c)
+
+    with x' the picture with every pixel removed, as ``substrate`` says: by default 0, the mean colour of the
+    preprocessing. The multiplier m is the gradient of the number explained at the network's outputs, and on from there
+    what each operation makes of it: a linear one (convolutions, linear layers, batch norms, sums, averages) what its
+    derivative does, and of the others, with D the difference of a value from what it is on x',
+
+    - an activation t = f(a): by ``rule``. ``rescale``: :math:`m_a = m_t \frac{Dt}{Da}`. ``reveal-cancel``: of the a of
+      a convolution or linear layer, batch norm and all, or of a sum of two, what adds to Da and what takes from it have
+      a multiplier each, :math:`Da_\pm = \sum_i (w_i Dx_i)^\pm`,
+
+      .. math:: m_\pm = \frac{m_t}{2 Da_\pm} \big[f(a' + Da_\pm) - f(a') + f(a) - f(a' + Da_\mp)\big]
+
+      and what reads x_i sends it :math:`w_i m_+` or :math:`w_i m_-`, by the sign of w_i Dx_i, their mean where that is
+      0; behind anything else it is the same as ``rescale``. ``mixed``: that behind linear layers alone, elsewhere
+      ``rescale``. Where there is no difference to divide by, the derivative;
+    - max pooling: the entry that is the largest in x, or in x' where that is larger, has all;
+    - a product, such as the gate of squeeze-and-excitation: each factor has the mean of the other's two values, the
+      mean over both orders of changing them.
+
+    The map sums to y(x) - y(x') where y is a logit; ``extras`` have what is missing, ``delta``, that sum less the
+    difference. In another unit, the last step from logits to the number is its derivative at x, and ``delta`` says
+    what that costs. Signed. Unit: that of the score. Networks with attention, softmax, layer norm or a division by
+    what they see have no rules here and are refused by the name of the module.
+
+    Source: Shrikumar et al. 2017, arXiv:1704.02685, sections 3.5.2 and 3.5.3. Departs: the rules for products, which
+    the paper has none for, and max pooling, as in captum but that windows may overlap. Presets: ``captum`` leaves the
+    colours apart; ``original`` is ``mixed``, what the authors' code takes where it is not told.
     """
 
     cost: ClassVar[str] = "1 forward + 1 backward; another forward where images have a substrate of their own"
@@ -104,12 +103,15 @@ class DeepLIFT(DifferenceMethod, Removal):
 
 @method("deeplift-shap")
 class DeepLIFTSHAP(DifferenceMethod):
-    """The difference in score to other pictures, handed back layer by layer: the mean of ``deeplift`` over all the
-    pictures of the folder ``baselines``.
+    r"""The difference in score to other pictures, handed back layer by layer: the mean of ``deeplift`` over them.
 
-    With ``rescale``, DeepSHAP. Of a folder of more than 128 pictures so many are taken, spread evenly over its sorted
-    list. ``delta``: the sum of the map less y(x) and the mean of y over the pictures. Source: Lundberg and Lee 2017,
-    arXiv:1705.07874, section 4.2, Deep SHAP. ``preset: captum`` leaves the colours apart.
+    .. math:: \frac{1}{R} \sum_r \sum_c m^r_c \odot (x_c - x^r_c)
+
+    with the R pictures of the folder ``baselines`` in place of one without content; multipliers and rules are those of
+    ``deeplift``. With ``rescale`` this is Deep SHAP. Of a folder of more than 128 pictures so many are taken, spread
+    evenly over its sorted list. Signed. Unit: that of the score. ``extras``: ``delta``, the sum of the map less y(x)
+    and the mean of y over the pictures. Source: Lundberg and Lee 2017, arXiv:1705.07874, section 4.2.
+    ``preset: captum`` leaves the colours apart.
 
     Raises:
         ConfigError: the pictures of ``baselines`` are not there, or of another size than the images.
