@@ -315,6 +315,29 @@ def test_check_warns_of_random_weights(xai, place: Path):
     assert not any("random" in trap for trap in json.loads(ended.stdout)["traps"])
 
 
+@pytest.mark.parametrize("command", ["check", "explain"])
+@pytest.mark.parametrize(
+    ("method", "network", "said"),
+    [
+        ("lrp", "shapes-vit", "module 'blocks.0.norm1' calls layer_norm"),
+        ("deeplift", "shapes-vit", "module 'blocks.0.norm1' calls layer_norm"),
+        ("chefer", "shapes-cnn", "this network has no attention"),
+    ],
+)
+def test_what_a_method_cannot_handle_exactly_is_refused_by_name_before_the_run(
+    xai, place: Path, command: str, method: str, network: str, said: str
+):
+    before = entries(place)
+    ended = xai(
+        command, place / "config.yaml", "--methods", method, "--set", f"model.name={network}",
+        "--set", "model.preprocess={resize: [128, 128], mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert f"{method}: {said}" in ended.stderr
+    assert "; " in ended.stderr.split(said)[1]  # what to do instead
+    assert entries(place) == before
+
+
 # --- explain -------------------------------------------------------------------------------------------------
 
 

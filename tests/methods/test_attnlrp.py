@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from pixels import case
 from torch import Tensor, nn
 from torch.autograd.gradcheck import gradcheck
 from torch.testing import assert_close
@@ -131,6 +132,87 @@ def test_relevance_of_a_layer_is_that_of_the_pixels_behind_it_but_for_the_bias()
     pixels = xcli.explain(net, X, "attnlrp", target=TARGET, native=True)
     assert at.map.shape == (2, 4, 4)
     assert_close(F.avg_pool2d(pixels.map[:, None], 4)[:, 0] * 16, at.map, rtol=1e-9, atol=1e-12)
+
+
+# --- LXT's form of it, in which the gradient of a few modules is another, on whole networks -----------------------
+
+
+class Sent(torch.autograd.Function):
+    """A tensor whose gradient is multiplied by another one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: Tensor | float, value: Tensor) -> Tensor:
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *sent: Tensor) -> tuple[Tensor | None, ...]:
+        return sent[0] * ctx.factor, None, None
+
+
+def half(x: Tensor) -> Tensor:
+    return Sent.apply(x, 0.5, x)
+
+
+def held_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    deviation = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt().detach()
+    return centred / deviation * norm.weight + norm.bias
+
+
+def block(
+    x: Tensor, norms: tuple[nn.LayerNorm, ...], attention: nn.MultiheadAttention, mlp: nn.Module
+) -> Tensor:
+    """A pre-norm block of any of these networks."""
+    heads = attention.num_heads
+    qkv = F.linear(held_norm(norms[0], x), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    probabilities = half(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+    x = x + attention.out_proj(half(probabilities @ v).transpose(1, 2).flatten(2))
+    first, last = (part for part in mlp if isinstance(part, nn.Linear))
+    hidden = first(held_norm(norms[1], x))
+    active = F.gelu(hidden).detach()
+    return x + last(Sent.apply(hidden, active / (hidden.detach() + 1e-10), active))
+
+
+def shapes_vit(net: nn.Module, x: Tensor) -> Tensor:
+    tokens = net.patches(net.stem(x)).flatten(2).transpose(1, 2)
+    tokens = torch.cat([net.class_token.expand(len(x), -1, -1), tokens], 1) + net.positions
+    for one in net.blocks:
+        tokens = block(tokens, (one.norm1, one.norm2), one.attention, one.mlp)
+    return net.head(held_norm(net.norm, tokens)[:, 0])
+
+
+def vit_b_16(net: nn.Module, x: Tensor) -> Tensor:
+    tokens = net._process_input(x)
+    tokens = torch.cat([net.class_token.expand(len(x), -1, -1), tokens], 1) + net.encoder.pos_embedding
+    for one in net.encoder.layers:
+        tokens = block(tokens, (one.ln_1, one.ln_2), one.self_attention, one.mlp)
+    return net.heads(held_norm(net.encoder.ln, tokens)[:, 0])
+
+
+def networks(name: str) -> tuple[nn.Module, Tensor]:
+    if name == "shapes-vit":
+        return nets.load(name).double(), images(2, 3, 128, 128)
+    one = case(name)
+    return one.net, one.x[:2]
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("shapes-vit", shapes_vit), pytest.param("vit_b_16", vit_b_16, marks=pytest.mark.soak)],
+    ids=["shapes-vit", "vit_b_16"],
+)
+def test_it_equals_lxts_form(name, form):
+    net, x = networks(name)
+    at = x.clone().requires_grad_()
+    out = form(net, at)
+    assert_close(out, net(x), rtol=1e-9, atol=1e-9)
+    (gradient,) = torch.autograd.grad(out[[0, 1], TARGET].sum(), at)
+    expected = (at * gradient).detach()
+    found = xcli.explain(net, x, {"name": "attnlrp", "reduce": "none"}, target=TARGET, native=True)
+    # LXT adds its 1e-10 without the sign of what it is added to
+    assert_close(found.map, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
 
 
 # --- what it is where there is nothing to change ------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_maps_are_rows_of_the_product_of_whole_matrices(name, definition, option
         LITERAL["gradient"],
         LITERAL["chefer"],
     ],
-    ids=str,
+    ids=["rollout", "rollout of the largest without a third", "gradient", "chefer"],
 )
 def test_maps_of_shapes_vit_are_rows_of_the_product_of_whole_matrices(name, definition, options):
     _, x, score, rows, where = shapes()
