@@ -106,6 +106,7 @@ def test_fill_contrasts_with_what_is_around_the_object():
     assert np.mean(np.array(contrasts) > 30) > 0.9
 
 
+@pytest.mark.soak
 def test_rendering_in_processes_equals_rendering_here(photos):
     pictures = render(520, SEED, (1, 2), photos[:1])
     for index in (0, 255, 519):

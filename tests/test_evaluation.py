@@ -159,6 +159,7 @@ def test_the_batch_changes_no_score(place: Path, tmp_path: Path):
             np.testing.assert_allclose(found[batch][name], values, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.soak
 def test_the_shards_change_no_score(place: Path, tmp_path: Path, xai: Commands):
     config = written(tmp_path / "config.yaml", config_of(place / "photos", tmp_path / "run"))
     for shard in ("1/2", "2/2"):
@@ -217,6 +218,7 @@ def test_an_evaluation_killed_again_and_again_ends_like_one_that_nothing_disturb
     )
 
 
+@pytest.mark.soak
 def test_a_one_pass_run_that_is_killed_goes_on_with_the_metrics_it_began_with(
     place: Path, tmp_path: Path, xai: Commands
 ):
@@ -366,6 +368,7 @@ def test_where_no_image_can_be_found_nothing_is_written(tmp_path: Path):
     assert scores(root) == {}
 
 
+@pytest.mark.soak
 def test_an_evaluation_that_was_killed_is_left_alone_by_others(place: Path, maps: Path, xai: Commands):
     call = ["evaluate", maps, "--set", SETTINGS[0]]
     assert xai(*call, failpoint="scores-done:2").code == KILLED

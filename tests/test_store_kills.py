@@ -163,6 +163,7 @@ def another_goes_on(children):
     return check  # fmt: skip
 
 
+@pytest.mark.soak
 def test_a_new_run_killed_at_every_step(children, place, monkeypatch):
     assert sweep(children, place, NEW, monkeypatch) > 35
 

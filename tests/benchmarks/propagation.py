@@ -2,11 +2,11 @@
 ``python tests/benchmarks/propagation.py``.
 
 The floor on resnet50 is a gradient at the pixels of one batch with frozen weights; on vit_b_16 the same with
-attention
-that is not fused (``SDPBackend.MATH``). zennit runs EpsilonPlusFlat with its canonizer for resnets, entered once a batch
-as its documentation does; captum's DeepLift a copy in which no ReLU is shared or in place, as it refuses the network
-itself. Both run in the first setting, in which nothing is tuned. Each setting runs in a process of its own (kept memory
-cannot be given back), in which the contenders take turns; memory is measured one contender a process.
+attention that is not fused (``SDPBackend.MATH``). zennit runs EpsilonPlusFlat with its canonizer for resnets,
+entered once a batch as its documentation does; captum's DeepLift a copy in which no ReLU is shared or in place,
+as it refuses the network itself. Both run in the first setting, in which nothing is tuned. Each setting runs in
+a process of its own (kept memory cannot be given back), in which the contenders take turns; memory is measured
+one contender a process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from gradcams import BATCH, SIZE, child, under
 from measure import peak_megabytes, race
 
 SETTINGS = ("default", "kept+channels-last")
-NETWORKS = ("resnet50", "vit_b_16")
+NETWORKS = {"resnet50": BATCH, "vit_b_16": 4}
+"""And how many images at once."""
 METHODS: dict[str, tuple[str, ...]] = {
     "resnet50": ("lrp", "deeplift", "excitation-backprop", "contrastive-excitation-backprop", "attnlrp"),
     "vit_b_16": ("attnlrp", "chefer", "gradient-rollout", "legrad", "attention-rollout"),
@@ -43,6 +44,7 @@ def bound(name: str, setting: str, undo: ExitStack) -> tuple[nn.Module, Tensor, 
     import torchvision
 
     net, x, target, _ = under(setting, undo)
+    x, target = x[: NETWORKS[name]], target[: NETWORKS[name]]
     if name != "resnet50":
         torch.manual_seed(0)
         net = torchvision.models.get_model(name, weights=None).eval().requires_grad_(False)
@@ -126,7 +128,7 @@ def timed(name: str, setting: str, repeats: int) -> dict[str, object]:
     with ExitStack() as undo:
         found = race(contenders(name, setting, undo), repeats, 3 * repeats)
         return {
-            "images/s": {label: BATCH / timing.median for label, timing in found.items()},
+            "images/s": {label: NETWORKS[name] / timing.median for label, timing in found.items()},
             "dropped": {label: timing.dropped for label, timing in found.items()},
         }
 
@@ -158,7 +160,7 @@ def main() -> None:
 
 def report(name: str, repeats: int) -> None:
     print(
-        f"{name}, {SIZE}x{SIZE}, batches of {BATCH}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"{name}, {SIZE}x{SIZE}, batches of {NETWORKS[name]}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
     )
     print(f"{'setting':<20}{'contender':<34}{'images/s':>9}{'of floor':>10}{'of peer':>9}{'dropped':>9}")
     peers: dict[str, float] = {}

@@ -657,6 +657,7 @@ def test_options_out_of_range_are_refused(wrong):
         build(wrong)
 
 
+@pytest.mark.soak
 def test_blur_ig_is_nearly_complete_by_default():
     """Most of the score changes in the first pixels of blur, where even places lie too far apart."""
     drawn = [scene(np.random.default_rng((7, i)), objects=1, size=64).image for i in range(4)]

@@ -89,9 +89,9 @@ class LRP(LayerMethod):
     ``linear``, ``batch-norm`` (``pass`` or ``epsilon``), or the name of a module (* and ? are wildcards) to a rule; a
     name wins over ``first``, that over the type. A batch norm that follows a layer becomes part of it; the row
     ``batch-norm``, ``pass`` if there is none, is for the others. Sums, average pooling and constants that are added
-    divide relevance in proportion; activations pass it on; a maximum gives it to the largest. Where branches of a sum nearly cancel each other, shares
-    are large and of opposite signs: single cells that stand out. With ``layer``, the map
-    is the relevance of that layer's output, channels apart before ``reduce``.
+    divide relevance in proportion; activations pass it on; a maximum gives it to the largest. Where branches of a sum
+    nearly cancel each other, shares are large and of opposite signs: single cells that stand out. With ``layer``, the
+    map is the relevance of that layer's output, channels apart before ``reduce``.
 
     Relevance starts as the score: a logit by itself, in another unit its gradient at the logits times these. Signed.
     Unit: that of the score; the map sums to it but for what biases, z+ on outputs without positive part and e take:
