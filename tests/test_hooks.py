@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import PooledLinear, Residual, Tokens, images, made
 
 from xcli.errors import ModelError
-from xcli.hooks import first_tensor, frozen, gathered, recording, swapped, unfused, with_tensor
+from xcli.hooks import Gate, first_tensor, frozen, gathered, recording, swapped, unfused, with_tensor
 
 Two = namedtuple("Two", "first second")
 
@@ -188,11 +188,11 @@ def test_gathered_hands_what_is_joined_of_all_outputs_on_at_the_last_layer():
     net, x = made(Chain), images(4, 2)
     first = net.layers[0](x)
     second = net.layers[1](first)
-    with gathered(net, NAMES, lambda outputs: torch.cat(list(outputs))):
+    with gathered(net, NAMES, lambda outputs: torch.cat(list(outputs)), Gate()):
         found = net(x)
     assert torch.equal(found, torch.cat([first, second, net.layers[2](second)]))
     assert not hooks(net)
-    with gathered(net, NAMES[1:], torch.stack):
+    with gathered(net, NAMES[1:], torch.stack, Gate()):
         assert net(x).shape == (2, 4, 2)
 
 
@@ -200,7 +200,7 @@ def test_gathered_keeps_outputs_as_they_were_given():
     net, x = made(Chain), images(4, 2)
     wanted = net.layers[0](x)
     net.layers[1].register_forward_pre_hook(lambda _, given: given[0].mul_(0))
-    with gathered(net, NAMES[:2], lambda outputs: outputs[0]):
+    with gathered(net, NAMES[:2], lambda outputs: outputs[0], Gate()):
         net.layers = net.layers[:2]
         assert torch.equal(net(x), wanted)
 
@@ -210,7 +210,7 @@ def test_gathered_refuses_layers_that_are_no_chain_and_takes_its_hooks_away(betw
     net = made(lambda: Chain(between))
     with (
         pytest.raises(ModelError, match=r"'layers.1' does not read the output of 'layers.0' as it is"),
-        gathered(net, NAMES, torch.stack),
+        gathered(net, NAMES, torch.stack, Gate()),
     ):
         net(images(4, 2))
     assert not hooks(net)
@@ -218,6 +218,18 @@ def test_gathered_refuses_layers_that_are_no_chain_and_takes_its_hooks_away(betw
 
 def test_gathered_takes_its_hooks_away_where_a_name_is_unknown():
     net = made(Chain)
-    with pytest.raises(AttributeError), gathered(net, ("layers.0", "nowhere"), torch.stack):
+    with pytest.raises(AttributeError), gathered(net, ("layers.0", "nowhere"), torch.stack, Gate()):
         pass
     assert not hooks(net)
+
+
+def test_a_gate_lets_values_through_and_gradients_once_it_is_open():
+    gate, x = Gate(), images(3).requires_grad_()
+    y = gate(x)
+    assert torch.equal(y, x)
+    value = (y * y).sum() + (3 * x).sum()
+    (closed,) = torch.autograd.grad(value, x, retain_graph=True)
+    assert torch.equal(closed, torch.full_like(x, 3))
+    gate.open = True
+    (opened,) = torch.autograd.grad(value, x)
+    assert torch.equal(opened, 3 + 2 * x.detach())

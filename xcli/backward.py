@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xcli.attention import Attended
 from xcli.errors import ModelError
 from xcli.forward import require_all
-from xcli.hooks import Elementary, gathered, observed, recording
+from xcli.hooks import Elementary, Gate, gathered, observed, recording
 from xcli.precision import full
 from xcli.targets import Rows
 
@@ -149,45 +149,41 @@ class Blocks(NamedTuple):
 
 
 def attended(score: Score, x: Tensor, fold: Fold, blocks: Blocks | None) -> tuple[Tensor, ...]:
-    """What ``fold`` makes of the attention of the images of each pass and its gradients: N rows each."""
-    own = score if blocks is None else score.reading(partial(_each_block, len(blocks.names)))
+    """What ``fold`` makes of the attention of the images of each pass and its gradients: N rows each. With ``blocks``
+    the scores of all of them are differentiated at once, each at the attention of its own block: what one hands on to
+    the next lets no gradient through, but to a loss over what comes of it."""
+    count, gate = len(blocks.names) if blocks is not None else 0, Gate()
+    own = score.reading(partial(_of_blocks, count)) if count else score
 
     def run(part: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         seen: list[Tensor] = []
 
         def differentiate(picked: Tensor, again: bool) -> tuple[Tensor, ...]:
-            at = tuple(seen[-len(picked) :] if picked.ndim else seen)
-            grads = _at_attention(picked, at, again=again, graph=score.create_graph)
+            at = tuple(seen[-count:])  # all of them, where there are no blocks
+            grads = gradients(picked, at, again=again, graph=score.create_graph)
             kept = at if score.create_graph else [one.detach() for one in at]
             return fold([full(one) for one in kept], [full(grad) for grad in grads])
 
         with ExitStack() as undo:
             if blocks is not None:
-                undo.enter_context(gathered(score.module, blocks.names, partial(_joined, blocks.read)))
+                undo.enter_context(gathered(score.module, blocks.names, partial(_joined, blocks.read), gate))
             undo.enter_context(Attended(seen.append))
             _, outputs = _graph(own, part, index, (), second=score.create_graph)
         return _rows(own, outputs, differentiate, *score.pairs(index))[:-1]
 
-    return score.execution.each(run, *needed(score, x))
+    found = score.execution.each(run, *needed(score, x))
+    gate.open = True
+    return found
 
 
 def _joined(read: Callable[[Tensor], Tensor], outputs: Sequence[Tensor]) -> Tensor:
     return torch.cat([read(one) for one in outputs])
 
 
-def _each_block(count: int, rows: Rows, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
-    """The scores (P, ``count``) of outputs that are those of all copies for one block after the other."""
+def _of_blocks(count: int, rows: Rows, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
+    """The sums (P,) of scores by outputs that are those of all copies for one of ``count`` blocks after the other."""
     copies = len(rows.logits(outputs)) // count
-    return torch.stack([rows.values(outputs, copy + block * copies, row) for block in range(count)], 1)
-
-
-def _at_attention(picked: Tensor, at: tuple[Tensor, ...], *, again: bool, graph: bool) -> tuple[Tensor, ...]:
-    """``gradients``; of several scores (L,), that of the l-th at the l-th tensor."""
-    if not picked.ndim:
-        return gradients(picked, at, again=again, graph=graph)
-    last = len(at) - 1
-    each = zip(range(len(at)), picked, at, strict=True)
-    return tuple(gradients(one, (own,), again=again or i < last, graph=graph)[0] for i, one, own in each)
+    return torch.stack([rows.values(outputs, copy + block * copies, row) for block in range(count)]).sum(0)
 
 
 def attention(score: Score, x: Tensor, fold: Fold) -> tuple[Tensor, ...]:
@@ -284,7 +280,7 @@ def each_row(
     Scores of different copies do not touch each other, so one backward pass serves a row of every copy.
 
     Args:
-        values: scores (P,), or several each (P, L), with their graph, sorted by ``copy``.
+        values: scores (P,) with their graph, sorted by ``copy``.
         copy: (P,) index of each pair's copy.
         keep: leave the graph as it is after the last pass too.
     """
@@ -299,7 +295,7 @@ def each_row(
     for turn in range(last + 1):
         with torch.enable_grad():  # whatever mode the caller is in
             own = (turns == turn).nonzero()[:, 0]  # of a mask a GPU would have to tell the length
-            picked = values.sum(0) if last == 0 else values[own.to(values.device)].sum(0)
+            picked = values.sum() if last == 0 else values[own.to(values.device)].sum()
         made.append(differentiate(picked, keep or turn < last))
     if last == 0:
         return tuple(of_copies(tensor, copy) for tensor in made[0])

@@ -160,12 +160,34 @@ def observed(part: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
         yield
 
 
+class Gate:
+    """Lets values through, and gradients only once it is ``open``."""
+
+    def __init__(self) -> None:
+        self.open = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = _Gated.apply(x, self)
+        return out
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Gate) -> Tensor:
+        ctx.gate = gate
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *sent: Tensor) -> tuple[Tensor | None, None]:
+        return sent[0] if ctx.gate.open else None, None
+
+
 @contextmanager
 def gathered(
-    module: nn.Module, layers: Sequence[str], join: Callable[[Sequence[Tensor]], Tensor]
+    module: nn.Module, layers: Sequence[str], join: Callable[[Sequence[Tensor]], Tensor], gate: Gate
 ) -> Iterator[None]:
     """Let the last of ``layers``, which run one after the other, answer with what ``join`` makes of the outputs of all
-    of them, in the one forward pass inside the block.
+    of them, in the one forward pass inside the block. What each hands on to the next goes through ``gate``.
 
     Raises:
         ModelError: a layer does not read what the one before it gives, so that it is no chain.
@@ -186,7 +208,7 @@ def gathered(
     def gives(name: str) -> Callable[..., Any]:
         def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> Any:
             kept.append(first_tensor(output, name))
-            handed.append(join(kept) if len(kept) == len(layers) else kept[-1].clone())
+            handed.append(join(kept) if len(kept) == len(layers) else gate(kept[-1]))
             return with_tensor(output, handed[-1])
 
         return keep

@@ -160,7 +160,8 @@ def main() -> None:
 
 def report(name: str, repeats: int) -> None:
     print(
-        f"{name}, {SIZE}x{SIZE}, batches of {NETWORKS[name]}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
+        f"{name}, {SIZE}x{SIZE}, batches of {NETWORKS[name]}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}\n"
     )
     print(f"{'setting':<20}{'contender':<34}{'images/s':>9}{'of floor':>10}{'of peer':>9}{'dropped':>9}")
     peers: dict[str, float] = {}
