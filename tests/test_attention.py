@@ -16,6 +16,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.testing import assert_close
 from toys import PooledLinear, images, made
 
+import xcli
 from xcli.attention import Attended, unfused
 from xcli.errors import ModelError
 from xcli.layers import survey
@@ -152,12 +153,45 @@ def test_a_causal_layer_is_the_same():
     assert_close(found, expected, **EXACT)
 
 
+class Bordered(nn.Module):
+    """Attention to the tokens of a picture, and to keys of its own."""
+
+    def __init__(self, adds: dict[str, bool]) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **adds)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
 @pytest.mark.parametrize("adds", [{"add_bias_kv": True}, {"add_zero_attn": True}])
-def test_keys_that_no_token_stands_for_are_refused(adds):
-    part, x = nn.MultiheadAttention(8, 2, batch_first=True, **adds).double().eval(), some(2, 5, 8)
-    with pytest.raises(ModelError, match="keys of its own"), Attended(lambda _: None):
-        part(x, x, x)
+def test_attention_to_keys_that_no_token_stands_for_runs_as_it_is_and_cannot_be_explained(adds):
+    net, x, seen = made(lambda: Bordered(adds)), images(2, 3, 16, 16), []
+    expected = net(x)
+    with Attended(seen.append):
+        assert torch.equal(net(x), expected)
+    assert not seen
+    assert xcli.explain(net, x, "saliency", target=1).map.shape == (2, 16, 16)
+    for method in ("chefer", "attention-rollout"):
+        with pytest.raises(ModelError, match=f"{method}: .*(no attention|keys of its own).*; gradcam"):
+            xcli.explain(net, x, method, target=1)
+    with pytest.raises(ModelError, match="keys of its own"):
+        xcli.explain(net, x, "attnlrp", target=1)
     assert not _get_current_function_mode_stack()
+
+
+def test_a_softmax_over_another_axis_is_no_attention():
+    """Of slots that compete for tokens, for instance: its rows do not sum to one."""
+    q, seen = some(2, 2, 5, 4), []
+    with Attended(seen.append):
+        (q @ q.transpose(-1, -2)).softmax(-2) @ q
+    assert not seen
+    with Attended(seen.append):
+        (q @ q.transpose(-1, -2)).softmax(3) @ q
+    assert len(seen) == 1
 
 
 # ---- seen ---------------------------------------------------------------------------------------------------------

@@ -44,22 +44,25 @@ def test_a_method_refuses_what_it_cannot_compute_and_leaves_the_network_as_found
         assert contract.snapshot(network) == before
 
 
-FIRST = (
+ALONE = (
     contract.has_right_shape_and_is_finite,
     contract.batch_and_micro_batch_do_not_matter,
     contract.the_network_is_left_as_found,
 )
+SECOND = (contract.has_right_shape_and_is_finite, contract.the_network_is_left_as_found)
+"""In a plain run on the second network: of methods that the first is refused by, and of others."""
 
 
 def promises() -> Iterator[ParameterSet]:
-    """Every promise of every method on every network. On the second, slower one, what a method that only looks at
-    scores makes can hardly differ, and some promises are for the long tests with every method."""
+    """Every promise of every method on every network. On the second, slower one, most promises are for the long tests:
+    what a method makes of another network can hardly differ there, least where it only looks at scores."""
     for name, cls in sorted(methods().items()):
         for net in contract.NETWORKS:
+            alone = any((name, other) in contract.REFUSED for other in contract.NETWORKS)
             for promise in contract.PROMISES:
-                long = net != "shapes-cnn" and (issubclass(cls, BlackBox) or promise not in FIRST)
+                plain = promise in (ALONE if alone else SECOND) and not issubclass(cls, BlackBox)
                 if (name, net) not in contract.REFUSED:
-                    marks = [pytest.mark.soak] if long else []
+                    marks = [] if plain or net == "shapes-cnn" else [pytest.mark.soak]
                     yield pytest.param(name, net, promise, marks=marks, id=f"{name}-{net}-{promise.__name__}")
 
 

@@ -115,9 +115,8 @@ def test_rendering_in_processes_equals_rendering_here(photos):
         assert set(pictures.present[index].nonzero().flatten().tolist()) == set(drawn.kinds)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name == "shapes-cnn")) for name in sorted(NETS)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", sorted(NETS))
 def test_training_is_set_by_its_seed(name, tmp_path):
     pictures = render(64, SEED, (1, 2))
     runs = [train(name, pictures, epochs=1, rate=1e-3, decay=0.05, seed=seed) for seed in (0, 0, 1)]

@@ -159,5 +159,5 @@ def test_statistics_of_the_batch_are_none():
         lambda: F.batch_norm(x, mean, var, training=True),
         lambda: F.batch_norm(x, None, None, training=True),
     ):
-        (call,) = calls(run, "batch-norm")
+        (call,) = calls(run, "normalisation")
         assert normalising(call) is None

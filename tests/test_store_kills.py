@@ -172,6 +172,7 @@ def test_a_run_that_keeps_its_parts_killed_while_merging(children, place, monkey
     assert sweep(children, place, NEW | KEPT, monkeypatch, only="merge-*") >= 8
 
 
+@pytest.mark.soak
 def test_an_update_killed_at_every_step_of_its_own(children, place, monkeypatch):
     own = "base-*|inputs-*|record-*|merge-*|remove-*"
     counted = sweep(
@@ -180,6 +181,7 @@ def test_an_update_killed_at_every_step_of_its_own(children, place, monkeypatch)
     assert counted > 25
 
 
+@pytest.mark.soak
 def test_an_update_of_kept_parts_killed_while_it_begins(children, place, monkeypatch):
     before = finished(children, **KEPT)
     own = "inputs-*|record-*|merge-*ed"
@@ -189,6 +191,7 @@ def test_an_update_of_kept_parts_killed_while_it_begins(children, place, monkeyp
     )
 
 
+@pytest.mark.soak
 def test_starting_over_killed_at_every_step_of_the_removal(children, place, monkeypatch):
     before, check = another(children), another_goes_on(children)
     own = "fresh-*|remove-*|*-start"

@@ -22,13 +22,36 @@ from xcli.operations import Call, Watching
 def unfused(call: Call) -> Any:
     """What a fused call of attention answers, from linear maps, matrix products and a softmax.
 
+    In eval mode: nothing is dropped. A row that is masked altogether is not a number.
+
     Raises:
         ModelError: it adds keys of its own, which no token stands for.
     """
+    if adds_keys(call):
+        raise ModelError("attention adds keys of its own, which stand for no token")
     args, kwargs = call.arguments
     if call.name == "scaled_dot_product_attention":
         return _scaled_dot_product(*args, **kwargs)
     return _multi_head(*args, **kwargs)
+
+
+def adds_keys(call: Call) -> bool:
+    """Whether attention is also to keys that no token stands for."""
+    if call.name == "scaled_dot_product_attention":
+        return False
+    args, kwargs = call.arguments
+    given = {**dict(zip(_ADDED, args[7:10], strict=False)), **kwargs}
+    return bool(given.get("add_zero_attn")) or any(
+        given.get(name) is not None for name in ("bias_k", "bias_v", "static_k", "static_v")
+    )
+
+
+_ADDED = ("bias_k", "bias_v", "add_zero_attn")
+
+
+def _axis(call: Call) -> Any:
+    args, kwargs = call.arguments
+    return args[1] if len(args) > 1 else kwargs.get("dim")
 
 
 def _scaled_dot_product(
@@ -131,7 +154,8 @@ _CASTS = frozenset(("to", "type", "type_as", "float", "double", "half", "bfloat1
 
 class Attended(Watching):
     """Shows ``see`` the probabilities (B, H, T, S) of every attention inside the block, as it runs: where the network
-    takes means of S values by a softmax of its own making, or by a fused call, which is written out.
+    takes means of S values by a softmax of its own making, over the last axis, or by a fused call, which is written
+    out, but for one that adds keys of its own.
 
     Windows that a network attends within come as they are: (B * windows, H, T, S).
     """
@@ -150,10 +174,12 @@ class Attended(Watching):
         self.softmaxes.clear()
 
     def called(self, call: Call) -> Any:
-        if call.kind == "attention":
+        if call.kind == "attention" and not adds_keys(call):
             return self.inside(lambda: unfused(call))
         out, first = call.asked(), call.inputs[0]
-        if call.kind == "softmax" and isinstance(out, Tensor) and out.ndim >= 4:
+        if not isinstance(out, Tensor):
+            return out
+        if call.kind == "softmax" and out.ndim >= 4 and _axis(call) in (-1, out.ndim - 1):
             shown = out
             if out.ndim > 4:  # windows on an axis of their own
                 shown = out.flatten(0, -4)

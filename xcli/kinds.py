@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Kind = Literal[
@@ -21,9 +22,9 @@ Kind = Literal[
     "other",
 ]
 """Operations that every rule treats alike: entries moved about; a convolution or linear layer; batch norm by its
-running statistics; another linear map without weights; a sum; one thing less another; a multiple by constants; a
-product of two things that depend on the input; entries picked by their size; a function of one entry; a norm by the
-input's own statistics."""
+running statistics; another linear map without weights; a sum; one in which some count with a minus; a multiple by
+constants; a product of two things that depend on the input; entries picked by their size; a function of one entry; a
+norm by the input's own statistics."""
 
 _NAMES: dict[Kind, str] = {
     "rearrangement": """
@@ -70,3 +71,54 @@ def name_of(func: Any) -> str:
         return str(getattr(func.__self__, "__name__", ""))
     name = name.split(".")[0].strip("_")
     return _SPELLED.get(name, name)
+
+
+def kind_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], depending: Sequence[bool]) -> Kind:
+    """What a call of a function is, by its name and by which of its arguments depend on the picture.
+
+    Args:
+        depending: for each of ``args``, then for the values of ``kwargs``, whether something in it does.
+    """
+    kind, named = KINDS.get(name, "other"), dict(zip(kwargs, depending[len(args) :], strict=True))
+
+    def depends(place: int, key: str) -> bool:
+        return depending[place] if place < len(args) else named.get(key, False)
+
+    def value(place: int, key: str, default: Any) -> Any:
+        return args[place] if place < len(args) else kwargs.get(key, default)
+
+    count, first = sum(depending), depends(0, "input") or depends(0, "self")
+    match kind:
+        case "weighted":
+            if depends(2, "bias"):
+                return "other"
+            return kind if not depends(1, "weight") else "product" if first else "average"
+        case "scaling":
+            if name in _DIVISIONS:
+                return kind if first and count == 1 and value(2, "rounding_mode", None) is None else "other"
+            return "product" if count > 1 else kind
+        case "sum" | "difference":
+            minus = name == "sub" or (name == "add" and _below_zero(value(2, "alpha", 1)))
+            return "difference" if name == "rsub" or (minus and (count > 1 or not first)) else "sum"
+        case "product":  # of constants with the one input
+            return "average" if count == 1 else kind
+        case "average":
+            return "difference" if value(3, "mode", "") == "bicubic" else kind
+        case "activation" | "normalisation":
+            return kind if first and count == 1 else "other"
+        case "batch-norm":
+            by_batch = value(5, "training", False)
+            return "other" if count > 1 or not first else "normalisation" if by_batch else kind
+        case "rearrangement":
+            trained = value(2, "training", value(2, "train", name in _DROPPING))
+            return "other" if "dropout" in name and trained else kind
+    return kind
+
+
+_DIVISIONS = frozenset(("div", "divide", "true_divide", "rdiv"))
+_DROPPING = frozenset(("dropout", "dropout1d", "dropout2d", "dropout3d"))
+"""Those of ``torch.nn.functional`` that drop unless they are told that nothing is trained."""
+
+
+def _below_zero(number: Any) -> bool:
+    return isinstance(number, int | float) and number < 0

@@ -29,10 +29,10 @@ class Linear:
     def of(cls, call: Call) -> tuple[Linear, Tensor, Tensor, Tensor | None]:
         """The map that a call computes, its input, weights and bias."""
         args, kwargs = call.arguments
-        given = {
-            **dict(zip(_ARGUMENTS[call.name.replace("_transpose", "T")[:5]], args, strict=False)),
-            **kwargs,
-        }
+        order = (
+            _TRANSPOSED if "transpose" in call.name else _CONVOLUTION
+        )  # a linear layer has the first three
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
         if call.name == "linear":
             return cls("linear"), x, weight, bias
@@ -104,15 +104,8 @@ class Linear:
         return weight, shift if bias is None else bias * scale + shift
 
 
-_ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "linea": ("input", "weight", "bias"),
-    "convT": ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-    **dict.fromkeys(
-        ("conv1", "conv2", "conv3"),
-        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    ),
-}
-"""The order of arguments, by the first five letters of a name."""
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 
 
 def normalising(call: Call) -> tuple[Tensor, Tensor, Tensor] | None:

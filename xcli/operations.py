@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xcli.errors import ModelError
-from xcli.kinds import KINDS
 from xcli.kinds import Kind as Kind
+from xcli.kinds import kind_of
 from xcli.kinds import name_of as name_of
 
 
@@ -63,17 +63,15 @@ class Call:
     def inputs(self) -> tuple[Tensor, ...]:
         return tuple(self.leaves[place] for place in self.places)
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
-        kind = KINDS.get(self.name, "other")
-        if len(self.places) > 1:
-            return "difference" if self.name == "sub" else "product" if kind in _PAIRED else kind
-        if kind == "product":  # of constants with the one input
-            return "average"
-        return "other" if self._divides_by_input() else kind
-
-    def _divides_by_input(self) -> bool:
-        return self.name in ("div", "divide", "true_divide", "rdiv") and self.places[:1] != [0]
+        args, kwargs = self.arguments
+        places, depending, start = set(self.places), [], 0
+        for argument in (*args, *kwargs.values()):
+            end = start + tree_flatten(argument)[1].num_leaves
+            depending.append(not places.isdisjoint(range(start, end)))
+            start = end
+        return kind_of(self.name, args, kwargs, depending)
 
     @cached_property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,14 +82,15 @@ class Call:
     def overwrites(self) -> Tensor | None:
         """The tensor that the network wants changed in place, if it does."""
         args, kwargs = self.arguments
-        if not (args and isinstance(args[0], Tensor)):
+        first = args[0] if args else kwargs.get("input")
+        if not isinstance(first, Tensor):
             return None
         named = getattr(self.func, "__name__", "").split(".")[0]
         if named.startswith("__i") or named == "__setitem__" or (named.endswith("_") and named[:2] != "__"):
-            return args[0]
+            return first
         flag = _INPLACE.get(self.name)
         wanted = kwargs.get("inplace", args[flag] if flag is not None and len(args) > flag else False)
-        return args[0] if wanted is True else None
+        return first if wanted is True else None
 
     def asked(self) -> Any:
         """What the call answers, written in place where the network wants that."""
@@ -104,13 +103,13 @@ class Call:
         for place, value in zip(self.places, inputs, strict=True):
             leaves[place] = value
         args, kwargs = tree_unflatten(leaves, self.spec)
-        if self.overwrites is not None:
+        if self.overwrites is not None and args:
             args = (args[0].clone(), *args[1:])
+        elif self.overwrites is not None:
+            kwargs = {**kwargs, "input": kwargs["input"].clone()}
         out = self.func(*args, **kwargs)
         return args[0] if self.name == "setitem" else out
 
-
-_PAIRED = ("scaling", "weighted")
 
 _INPLACE = {
     **dict.fromkeys(("relu", "relu6", "selu", "silu", "mish", "hardsigmoid", "hardswish"), 1),
@@ -229,16 +228,31 @@ class Rules(Watching):
             if any(True for _ in _flowing(out)):
                 raise ModelError(f"there is no rule for {call.name} ({call.kind}), which the network calls")
             return out  # asked for a shape, a comparison, ...
-        if self.old and any(x.untyped_storage()._cdata in self.old for x in call.inputs):
-            raise ModelError(
-                f"the network changes a tensor in place and hands a view of it (or its base) to {call.name}; "
-                "change a copy"
-            )
+        self.refuse_old(call)
         out, changed = handler(call), call.overwrites
         if changed is not None:
             self.current[changed], storage = out, changed.untyped_storage()
             self.old[storage._cdata] = StorageWeakRef(storage)
         return out
+
+    def aside(self, call: Call) -> Any:
+        out = super().aside(call)
+        if self.old and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            self.refuse_old(call)
+        return out
+
+    def refuse_old(self, call: Call) -> None:
+        """Refuse a view of what was to be changed in place, as that has become another tensor."""
+        given = (leaf for leaf in call.leaves if isinstance(leaf, Tensor)) if self.old else ()
+        if any(one.untyped_storage()._cdata in self.old for one in given):
+            raise ModelError(
+                f"the network changes a tensor in place and hands a view of it (or its base) to {call.name}; "
+                "change a copy"
+            )
+
+    def settled(self, outputs: Any) -> Any:
+        """The outputs of what ran in the block, before it ends: what was to be changed in place is what it became."""
+        return tree_map(self.latest, outputs) if len(self.current) else outputs
 
 
 def plainly(call: Call) -> Any:

@@ -33,6 +33,7 @@ from xcli.forward import Forward, require_all
 from xcli.hooks import recording
 from xcli.keys import CopiedKeys
 from xcli.layers import Layer, Layers
+from xcli.operations import Rules
 from xcli.precision import full
 from xcli.prefix import Prefix
 from xcli.targets import Reading, Rows, Scale
@@ -173,8 +174,6 @@ class Score:
 
     def on(self, x: Copies, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores of copies (M, C, H, W) of the images ``image`` (M,) for every row of each copy's image.
-
-        Thousands of copies need not exist at once: ``x`` may be a function that makes those of an index (m,).
 
         Returns (values, copy, row), each (P,): value p is of input ``copy[p]`` for row ``row[p]``.
         """
@@ -344,7 +343,8 @@ class Score:
 
     def outputs(self, x: Tensor, image: Tensor) -> Any:
         """What the network answers to copies (M, ...) of the images ``image`` (M,), in the precision of the run."""
-        with self.context():
-            if (prefix := self.prefix) is None:
-                return self.execution.run(self.module, x)
-            return self.execution.run(lambda acts: prefix(acts, image), x)
+        prefix = self.prefix
+        answer = self.module if prefix is None else lambda acts: prefix(acts, image)
+        with self.context() as rules:
+            outputs = self.execution.run(answer, x)
+            return rules.settled(outputs) if isinstance(rules, Rules) else outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -425,3 +426,137 @@ def test_products_of_all_kinds_share():
                 parameter.zero_()
     found = xcli.explain(net, images(2, 3, 8, 8), "attnlrp", target=[0, 1], native=True)
     assert_close(found.extras["conservation"], torch.ones(2).double(), rtol=1e-6, atol=0)
+
+
+# --- half precision, statistics of the batch, and which softmax is held ------------------------------------------
+
+
+@pytest.mark.parametrize("act", [nn.GELU, nn.SiLU, nn.Tanh])
+def test_activations_of_nothing_are_no_division_by_nothing_in_half_precision(act):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), act(), nn.Linear(6, 4)).eval()
+    nn.init.zeros_(net[1].weight[0].data)
+    nn.init.zeros_(net[1].bias[:1].data)
+    x = images(2, 3, 4, 4).float()
+    whole, half = (AttnLRP().attribute(bound(deepcopy(net).to(t), x.to(t), TARGET), x.to(t)) for t in HALVES)
+    assert half.map.isfinite().all()
+    assert_close(half.map.float(), whole.map, rtol=0, atol=0.02 * float(whole.map.abs().max()))
+
+
+HALVES = (torch.float32, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(8), nn.RMSNorm(8), nn.GroupNorm(2, 8)], ids=lambda n: type(n).__name__
+)
+def test_the_statistics_of_norms_do_not_overflow_in_half_precision(norm):
+    torch.manual_seed(0)
+    net, x = Normed(norm).eval(), 400 * images(2, 3, 4, 4).float()
+    whole, half = (AttnLRP().attribute(bound(deepcopy(net).to(t), x.to(t), TARGET), x.to(t)) for t in HALVES)
+    assert_close(half.map.float(), whole.map, rtol=0, atol=0.02 * float(whole.map.abs().max()))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.25])
+@pytest.mark.parametrize("behind", [nn.Identity(), nn.ReLU()], ids=["a layer", "an activation"])
+def test_a_batch_norm_by_statistics_of_the_batch_is_refused(gamma, behind):
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), behind, norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4)
+    )
+    net = net.double().eval()
+    with pytest.raises(ModelError, match="attnlrp: .*statistics of the batch"):
+        AttnLRP(gamma_convolution=gamma).attribute(bound(net, X, TARGET), X)
+
+
+class Ends(nn.Module):
+    """A network whose logits, or channels, go through a softmax of their own."""
+
+    def __init__(self, net: nn.Module, how: str) -> None:
+        super().__init__()
+        self.net, self.how = net, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "channels":
+            return self.net(4 * (4 * x).softmax(1))
+        return torch.log_softmax(self.net(x), -1) if self.how == "log_softmax" else self.net(x).softmax(-1)
+
+
+@pytest.mark.parametrize("how", ["log_softmax", "softmax", "channels"])
+def test_cp_holds_no_softmax_that_takes_no_means(how):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 4, stride=4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+    net, small = net.double(), {"name": "attnlrp", "reduce": "none"}
+    found, expected = (
+        xcli.explain(Ends(net, how), X, {**small, "attention": of}, target=TARGET, native=True).map
+        for of in ("cp", "attnlrp")
+    )
+    assert expected.abs().max() > 1e-6
+    assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+class Turned(nn.Module):
+    """Probabilities that take means in some way: cast, dropped out, turned, cut, or the other way round."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv2d(3, 6, 4, stride=4, bias=False) for _ in range(3))
+        self.head, self.how = nn.Linear(6, 4, bias=False), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
+        p = (q @ k.transpose(1, 2)).softmax(-1)
+        match self.how:
+            case "plain":
+                mixed = p @ v
+            case "dropout":
+                mixed = torch.bmm(F.dropout(p, 0.1, False).clone(), v)
+            case "cast":
+                mixed = torch.matmul(p.to(v.dtype).type_as(v), v)
+            case "heads":
+                mixed = (p.view(len(x), 1, 16, 16) @ v[:, None])[:, 0]
+            case "turned":
+                mixed = torch.bmm(v.transpose(1, 2), p.permute(0, 2, 1)).transpose(1, 2)
+            case "einsum":
+                mixed = torch.einsum("nte,nst->nse", v, p)
+            case _:
+                mixed = p.detach() @ v
+        return self.head(mixed.mean(1))
+
+
+@pytest.mark.parametrize("how", ["plain", "dropout", "cast", "heads", "turned", "einsum"])
+def test_cp_sends_relevance_through_values_alone(how):
+    torch.manual_seed(0)
+    net = Turned(how).double()
+    held = deepcopy(net)
+    held.how = "held"
+    x = X.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(held(x)[[0, 1], TARGET].sum(), x)
+    spec = {"name": "attnlrp", "attention": "cp", "reduce": "none"}
+    found = xcli.explain(net, X, spec, target=TARGET, native=True).map
+    assert_close(found, (X * gradient).detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_maps_depend_on_probabilities_that_are_held():
+    torch.manual_seed(0)
+    net, x, w = Turned("plain").double().requires_grad_(False), X[:1], images(1, 16, 16, seed=4)
+
+    def loss(x: Tensor, graph: bool = False) -> Tensor:
+        spec = {"name": "attnlrp", "attention": "cp"}
+        return (xcli.explain(net, x, spec, target=1, native=True, create_graph=graph).map * w).sum()
+
+    asking = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(loss(asking, True), asking)
+    move = images(*x.shape, seed=5)
+    expected = (loss(x + 1e-6 * move) - loss(x - 1e-6 * move)) / 2e-6
+    assert_close((found * move).sum(), expected, rtol=1e-5, atol=0)
+
+
+def test_a_norm_that_only_the_run_shows_is_refused_then():
+    class Late(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x if x.sum() > 0 else F.local_response_norm(x, 2)).mean((2, 3))
+
+    with pytest.raises(ModelError, match="attnlrp: there is no rule for local_response_norm; use integrated"):
+        AttnLRP().attribute(bound(Late(), X.abs(), [1, 2]), -X.abs())

@@ -130,6 +130,7 @@ def test_the_preset_of_the_authors_equals_their_program_image_by_image(name, obj
     assert (together - found).abs().max() > 1e-3 * found.abs().max()  # the trap
 
 
+@pytest.mark.soak
 def test_it_stops_no_row_that_only_rises_and_saves_the_passes_of_those_that_fall():
     case = cams.narrow("resnet")
     runs = []

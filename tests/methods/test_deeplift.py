@@ -727,6 +727,10 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], str]] = {
         "calls softmax, which divides by a sum",
     ),
     "division": (lambda self, x: (self.conv(x) / x.norm()).mean((2, 3)), "calls .*, which is not known here"),
+    "bounds": (
+        lambda self, x: self.conv(x).clamp(max=x.mean()).mean((2, 3)),
+        "calls clamp, which is not known here",
+    ),
     "layer norm": (
         lambda self, x: F.layer_norm(self.conv(x), (10, 8)).mean((2, 3)),
         "calls layer_norm, which",
@@ -756,7 +760,6 @@ LATE: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda self, x: torch.einsum("nkhw,nkhw,nkhw->nk", *[self.conv(x)] * 3),
         "einsum of three things",
     ),
-    "bounds": (lambda self, x: self.conv(x).clamp(max=x.mean()).mean((2, 3)), "clamp with bounds"),
     "statistics": (
         lambda self, x: F.batch_norm(self.conv(x), None, None, training=True).mean((2, 3)),
         "statistics of the batch",
@@ -782,3 +785,25 @@ def test_what_only_the_run_shows_is_refused_then(why):
     net, x = seeded(lambda: Does(run, conv=nn.Conv2d(3, 4, 1))), X.abs()
     with pytest.raises(ModelError, match=message):
         DeepLIFT(value=-0.5).attribute(bound(net, x, CLASSES), x)
+
+
+@pytest.mark.parametrize("rule", ["reveal-cancel", "mixed"])
+def test_a_batch_norm_of_tokens_is_not_joined_with_a_layer_of_features(rule):
+    """Its channels are the tokens, and those of the layer its features."""
+    net = seeded(
+        lambda: nn.Sequential(
+            *(nn.Flatten(2), nn.Linear(80, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 4))
+        )
+    )
+    apart = nn.Sequential(net[0], net[1], nn.Unflatten(1, (3, 1)), nn.Flatten(1, 2), *net[2:])
+    close(between(net, X, START, CLASSES, rule), between(apart, X, START, CLASSES, rule))
+
+
+@pytest.mark.parametrize("why", LATE)
+@pytest.mark.parametrize("cls", [DeepLIFT, DeepLIFTSHAP])
+def test_what_the_run_refuses_names_the_method(why, cls):
+    net, x = seeded(lambda: Does(LATE[why][0], conv=nn.Conv2d(3, 4, 1))), X.abs()
+    score = replace(bound(net, x, CLASSES), pictures={FOLDER: torch.full_like(x[:1], -0.5)})
+    method = cls(value=-0.5) if cls is DeepLIFT else cls(baselines=FOLDER)
+    with pytest.raises(ModelError, match=f"^{method.name}: "):
+        method.attribute(score, x)

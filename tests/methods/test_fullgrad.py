@@ -405,6 +405,7 @@ def test_the_gap_is_not_a_number_where_a_layer_mixes_up_images(count):
     assert_close(found.map[:1], alone.map)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["resnet18", "shapes-cnn"])
 def test_views_and_components_equal_grad_cam(name):
     case = cams.case(name)

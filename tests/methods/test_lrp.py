@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, partial
@@ -17,6 +18,7 @@ from pixels import TARGETS, case
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import bound, images
 from zennit.attribution import Gradient
 from zennit.composites import COMPOSITES as ZENNIT
@@ -29,7 +31,7 @@ import xcli
 from xcli.demo.nets import ResidualBlock
 from xcli.errors import ConfigError, ModelError
 from xcli.execution import Execution
-from xcli.methods.propagation.lrp import COMPOSITES, LRP
+from xcli.methods.propagation.lrp import COMPOSITES, LRP, Sums
 from xcli.registry import build
 from xcli.score import Score
 from xcli.targets import ClassRows
@@ -474,3 +476,51 @@ def test_a_layer_that_makes_its_weights_cannot_be_named():
     assert_close(lrp(net, x, "epsilon-plus-flat").map, whole, **EXACT)
     with pytest.raises(ModelError, match="rules: '3' makes its weights anew.*; give a rule for its type"):
         lrp(net, x, {"3": "flat", "convolution": "z+", "linear": "epsilon"})
+
+
+@pytest.mark.parametrize("key", ["stages.1", "stages.1.0", "stages.1.0.bn1", "stages.?", "*bn2"])
+def test_a_name_has_to_be_that_of_a_layer_with_weights(key):
+    net, x = case("shapes-cnn").net, case("shapes-cnn").x
+    rest = {"convolution": "z+", "linear": "epsilon"}
+    within = r"; did you mean 'stages\.1.*\.\*'" if key[-2:] in (".0", ".1") else ""
+    with pytest.raises(ModelError, match=f"lrp: rules: '{re.escape(key)}' .* no layer with weights{within}"):
+        LRP(rules={key: "flat", **rest}).looks_at(case("shapes-cnn").score.layers)
+    found = lrp(net, x, {"stages.1.*": "w2", **rest}, TARGETS).map
+    assert not torch.allclose(found, lrp(net, x, rest, TARGETS).map)
+
+
+def test_weights_that_another_module_runs_with_have_the_name_of_their_owner():
+    class Outside(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.net[0]
+            return self.net[1:](F.conv2d(x, first.weight, first.bias, padding=1))
+
+    x, net = images(2, 3, 8, 8), chain()
+    rest = {"convolution": "z+", "linear": "epsilon"}
+    found = lrp(Outside(net), x, {"net.0": "flat", **rest}).map
+    assert_close(found, lrp(net, x, {"0": "flat", **rest}).map, **EXACT)
+
+
+def test_sums_of_relevance_stay_on_their_device():
+    """Nothing is made elsewhere and copied over."""
+    with Copied() as copied:
+        (found,) = Sums(4)(2, torch.full((3, 2, 2), 0.5), 3)
+    assert found.tolist() == [[0, 0, 2, 0]] * 3
+    assert copied.seen == []
+
+
+class Copied(TorchDispatchMode):
+    """What was made anew or copied inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() in ("aten::_to_copy", "aten::lift_fresh", "aten::scatter"):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten
 from toys import images
 
 import xcli
-from xcli.methods.propagation.rules import stabilised
+from xcli.errors import ModelError
+from xcli.linear import Linear
+from xcli.methods.propagation.lrp import SHARES
+from xcli.methods.propagation.rules import Rule, Weighted, by_statistics, joins, stabilised
+from xcli.operations import Call
 
 SHAPE = (3, 5, 6)
 LOW, HIGH = -4.25, 3.75
@@ -170,3 +176,38 @@ def test_zero_counts_as_positive_where_divisions_are_made_safe():
     z = torch.tensor([-2.0, -0.0, 0.0, 3.0], dtype=torch.float64)
     assert_close(stabilised(z, 0.1), z + torch.tensor([-0.1, 0.1, 0.1, 0.1], dtype=torch.float64))
     assert_close(stabilised(z, 0), torch.tensor([-2.0, torch.inf, torch.inf, 3.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", ["epsilon", "gamma"])
+def test_half_precision_is_brought_up_before_it_divides(share):
+    x, weight = images(3, 4).half(), images(5, 4, seed=1).half()
+    weight[0] = 0  # the value is nothing, and so is 1e-10 in half precision
+    value, sent = x @ weight.T, images(3, 5, seed=2).half()
+    step = Weighted(Linear("linear"), Rule(SHARES[share], epsilon=1e-10, gamma=0.25), signed=True)
+    (found,) = step.back(sent, value, (x, weight))
+    (expected,) = step.back(sent.float(), value.float(), (x.float(), weight.float()))
+    assert expected.isfinite().all()
+    assert_close(found, expected)
+
+
+def test_a_batch_norm_has_statistics_of_its_own_or_is_refused():
+    x, mean, var = images(2, 3, 4), images(3), images(3, seed=1).abs()
+    leaves, spec = tree_flatten(((x, mean, var), {"training": False}))
+    _, scale, shift = by_statistics(Call(F.batch_norm, leaves, spec, [0]))
+    assert_close(x * scale[:, None] + shift[:, None], F.batch_norm(x, mean, var))
+    leaves, spec = tree_flatten(((x, mean, var), {"training": True}))
+    with pytest.raises(ModelError, match="a batch norm takes the statistics of the batch"):
+        by_statistics(Call(F.batch_norm, leaves, spec, [0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("linear", (2, 3), True),
+        ("linear", (2, 3, 4), False),
+        ("conv2d", (2, 3, 4, 4), True),
+        ("conv2d", (3, 4, 4), False),
+    ],
+)
+def test_channels_of_a_batch_norm_are_those_of_the_layer_or_not(name, shape, expected):
+    assert joins(torch.zeros(shape), Linear(name)) is expected

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import UserDict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -242,7 +244,7 @@ def test_statistics_of_the_batch_are_refused():
     def run(n: Spelled, x: Tensor) -> Tensor:
         return n.fc(F.relu(F.batch_norm(n.a(x), None, None, training=True)).mean((2, 3)))
 
-    with pytest.raises(ModelError, match="statistics of the batch"):
+    with pytest.raises(ModelError, match="batch_norm, which takes the statistics of the batch"):
         lrp(Spelled(run))
 
 
@@ -411,3 +413,110 @@ def test_a_sum_of_a_tensor_and_what_was_made_of_it_keeps_its_map():
 
 def test_a_table_is_one_method_for_all_its_spellings():
     assert build({"name": "lrp", "rules": dict(RULES)}) == LRP(rules=RULES)
+
+
+# ---- what a model returns --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    logits: Tensor
+    hidden: Tensor
+
+
+class Plain:
+    """An object with fields."""
+
+    def __init__(self, logits: Tensor, hidden: Tensor) -> None:
+        self.logits, self.hidden = logits, hidden
+
+
+class Listed(list):
+    """No list to PyTorch."""
+
+
+RETURNS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "tuple": lambda logits, hidden: (logits, hidden),
+    "list": lambda logits, hidden: Listed([logits, hidden]),
+    "dict": lambda logits, hidden: {"hidden": hidden, "logits": logits},
+    "mapping": lambda logits, hidden: UserDict(hidden=hidden, logits=logits),
+    "dataclass": Answer,
+    "object": Plain,
+}
+
+
+@pytest.mark.parametrize("kind", RETURNS)
+def test_relevance_starts_as_the_logits_whatever_a_model_returns(kind):
+    def run(n: Spelled, x: Tensor) -> object:
+        logits = plain(n, x)
+        return RETURNS[kind](logits, logits.detach()[..., None])
+
+    expected, found = lrp(Spelled(plain)), lrp(Spelled(run))
+    assert_close(found.map, expected.map, **EXACT)
+    assert_close(found.extras["conservation"], expected.extras["conservation"], **EXACT)
+
+
+# ---- numbers that a network writes itself ----------------------------------------------------------------------
+
+
+def below(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, 0] = -1
+    return h
+
+
+@pytest.mark.parametrize(
+    "bring",
+    [
+        below,
+        lambda h: torch.constant_pad_nd(h, (1, 1, 1, 1), -1),
+        lambda h: torch.ops.aten.constant_pad_nd.default(h, [1, 1, 1, 1], -1),
+        lambda h: F.pad(h, (1, 1, 1, 1), value=-1),
+        lambda h: torch.cat([h[:, 1:], torch.full_like(h[:, :1], -1, dtype=torch.int64)], 1),
+    ],
+    ids=["setitem", "constant_pad_nd", "aten", "pad", "cat"],
+)
+def test_whole_numbers_can_be_negative_too(bring):
+    def net(relu: Callable[[Tensor], Tensor]) -> Spelled:
+        return Spelled(lambda n, x: n.fc(F.relu(n.b(bring(relu(n.a(x))))).mean((2, 3))))
+
+    expected = lrp(net(lambda h: h.clamp(min=0)), rules="epsilon-plus").map
+    assert_close(lrp(net(F.relu), rules="epsilon-plus").map, expected, **EXACT)
+
+
+def forgotten(n: Spelled, x: Tensor) -> Tensor:
+    y = n.fc(F.relu(n.a(x)).mean((2, 3)))
+    y.mul_(0.01)
+    F.relu_(y)
+    return y
+
+
+def kept(n: Spelled, x: Tensor) -> Tensor:
+    return F.relu(n.fc(F.relu(n.a(x)).mean((2, 3))) * 0.01)
+
+
+@pytest.mark.parametrize("method", ["lrp", "attnlrp", "deeplift", "excitation-backprop"])
+def test_outputs_that_are_changed_in_place_at_the_very_end_are_what_they_became(method):
+    expected, found = (xcli.explain(Spelled(run), X, method, target=[0, 1]) for run in (kept, forgotten))
+    assert_close(found.map, expected.map, rtol=1e-10, atol=1e-14)
+
+
+def test_a_keyword_does_not_hide_a_change_in_place():
+    def run(n: Spelled, x: Tensor) -> Tensor:
+        h = n.a(x)
+        F.relu(input=h, inplace=True)
+        return n.fc(h.mean((2, 3)))
+
+    assert_close(lrp(Spelled(run)).map, lrp(Spelled(lambda n, x: n.fc(F.relu(n.a(x)).mean((2, 3))))).map)
+
+
+@pytest.mark.parametrize("method", ["lrp", "attnlrp", "deeplift"])
+def test_a_buffer_that_is_written_through_a_view_is_refused(method):
+    def run(n: Spelled, x: Tensor) -> Tensor:
+        h = F.relu(n.a(x))
+        room = torch.zeros_like(h)
+        room[:, :2][:] = h[:, :2]
+        return n.fc((room + 0).mean((2, 3)) + h.mean((2, 3)))
+
+    with pytest.raises(ModelError, match="changes a tensor in place and hands a view of it"):
+        xcli.explain(Spelled(run), X, method, target=[0, 1])

@@ -5,9 +5,10 @@ How rules reach operations, and why that way, ``operations`` says; what they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from xcli.errors import ModelError
 from xcli.layers import Layers
-from xcli.linear import Linear, normalising
-from xcli.methods.propagation.rules import Pass, Proportional, Rule, Weighted
-from xcli.operations import Call, Handler, Kind, Rules, Step, plainly, ruled
+from xcli.linear import Linear
+from xcli.methods.propagation.rules import BY_BATCH, Pass, Proportional, Rule, Weighted, by_statistics, joins
+from xcli.operations import Call, Kind, Rules, Step, plainly, ruled
 from xcli.score import Score
 from xcli.targets import Rows
 
@@ -54,6 +55,7 @@ class Relevance(Rules):
 
     Args:
         rule: gives each layer its rule.
+        name: of the method, for what it refuses.
         epsilon: stabilises what divides in proportion, see ``stabilised``.
         positive: sums and averages divide among positive parts alone.
         constants: the buffers of a network in which constants that are added (these, parameters, what was made of
@@ -64,10 +66,24 @@ class Relevance(Rules):
         box: the lowest and the highest that pixels can be, (1, C or 1, 1, 1) each, for rules that ask.
     """
 
+    HANDLED: ClassVar[Mapping[Kind, str]] = {
+        "rearrangement": "moved",
+        "weighted": "weighted",
+        "batch-norm": "normalised",
+        "average": "divided",
+        "sum": "divided",
+        "difference": "divided",
+        "scaling": "passed",
+        "maximum": "picked",
+        "activation": "passed",
+    }
+    """What there are rules for, and which of the methods here they are."""
+
     def __init__(
         self,
         rule: Chosen,
         *,
+        name: str,
         epsilon: float = 1e-6,
         positive: bool = False,
         constants: Iterable[Tensor] | None = None,
@@ -77,18 +93,11 @@ class Relevance(Rules):
         box: tuple[Tensor, Tensor] | None = None,
         twice: bool = False,
     ) -> None:
-        table: Mapping[Kind, Handler] = {
-            "rearrangement": self.moved,
-            "weighted": self.weighted,
-            "batch-norm": self.normalised,
-            "average": self.divided,
-            "sum": self.divided,
-            **({} if positive else {"difference": self.divided}),
-            "scaling": self.passed,
-            "maximum": self.picked,
-            "activation": self.passed,
-        }
-        super().__init__(table, twice=twice)
+        own = {kind: getattr(self, of) for kind, of in self.HANDLED.items()}
+        if positive:  # what is taken away has no positive part
+            own.pop("difference")
+        super().__init__(own, twice=twice)
+        self.name = name
         self.rule, self.epsilon, self.positive, self.norms = rule, epsilon, positive, norms
         self.fold, self.from_pixels, self.box = fold, from_pixels, box
         self.buffers = None if constants is None else tuple(constants)
@@ -181,14 +190,14 @@ class Relevance(Rules):
         rule = self.rule(owner, linear.name, origin.pixels)
         if not rule.shares and value.shape != x.shape:
             raise ModelError(
-                f"lrp: rules: pass is for layers that keep the shape of their input, which {rule.layer!r} does not; "
-                "give it another rule"
+                f"{self.name}: rules: pass is for layers that keep the shape of their input, which {rule.layer!r} does "
+                "not; give it another rule"
             )
         if rule.boxed:
             if origin.box is None:
                 raise ModelError(
-                    f"lrp: rules: z-box is for layers that read the picture, which {rule.layer!r} does not; give it "
-                    "another rule"
+                    f"{self.name}: rules: z-box is for layers that read the picture, which {rule.layer!r} does not; "
+                    "give it another rule"
                 )
             rule = replace(rule, low=origin.box[0], high=origin.box[1])
         step = self.step(linear, rule, origin.signed)
@@ -201,14 +210,9 @@ class Relevance(Rules):
         return Weighted(linear, rule, signed=signed)
 
     def normalised(self, call: Call) -> Any:
-        found = normalising(call)
-        if found is None:
-            raise ModelError(
-                "a batch norm takes the statistics of the batch, so no image can be explained by itself"
-            )
-        x, scale, shift = found
+        x, scale, shift = by_statistics(call)
         before = self.origin(x).made_by if self.fold else None
-        if before is not None and (x.ndim == 2 or before[0].name != "linear"):  # features are channels
+        if before is not None and joins(x, before[0]):
             with torch.no_grad():
                 value = call.run(*call.inputs)
             linear, own, weight, bias = before
@@ -258,16 +262,17 @@ def _brings_negative(call: Call) -> bool:
     """Whether a call that moves entries may add negative ones that do not depend on the picture."""
     args, kwargs = call.arguments
     match call.name:
-        case "pad":
-            filled = kwargs.get("value", args[3] if len(args) > 3 else None)
-            return (filled or 0) < 0
-        case "cat" | "concat" | "concatenate" | "stack" | "hstack" | "vstack" | "setitem" | "constant_pad_nd":
-            return any(place not in call.places for place, leaf in enumerate(call.leaves) if _number(leaf))
+        case "pad" | "constant_pad_nd":
+            place = 3 if call.name == "pad" else 2
+            return (kwargs.get("value", args[place] if len(args) > place else None) or 0) < 0
+        case "setitem":
+            whole, _, written = args
+            constant = [part for part in (whole, written) if not any(part is x for x in call.inputs)]
+            return any(isinstance(part, Tensor) or part < 0 for part in constant)
+        case "cat" | "concat" | "concatenate" | "stack" | "hstack" | "vstack":
+            tensors = (place for place, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor))
+            return any(place not in call.places for place in tensors)
     return False
-
-
-def _number(leaf: Any) -> bool:
-    return isinstance(leaf, float) or (isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 class Start(Step):
@@ -290,27 +295,56 @@ def started(score: Score, rules: Rules, start: Step) -> Score:
         return ruled(rules, start, out, out) if isinstance(out, Tensor) and out.requires_grad else out
 
     def number(rows: Rows, outputs: Any, copy: Tensor, row: Tensor) -> Tensor:
-        return rows.values(tree_map(begin, outputs), copy, row)
+        return rows.values(_changed(begin, outputs), copy, row)
 
     return score.within(lambda: rules).reading(number)
+
+
+def _changed(change: Callable[[Any], Any], outputs: Any) -> Any:
+    """What a model returns with its tensors changed, also in what is no tree to PyTorch."""
+
+    def leaf(part: Any) -> Any:
+        if isinstance(part, tuple | list):
+            return tuple(map(change, part))
+        if isinstance(part, MutableMapping):
+            made = copy.copy(part)
+            for key, value in part.items():
+                made[key] = change(value)
+            return made
+        if isinstance(part, Mapping):
+            return {key: change(value) for key, value in part.items()}
+        names = (
+            [field.name for field in fields(part)] if is_dataclass(part) else getattr(part, "__dict__", {})
+        )
+        own = {name: value for name in names if isinstance(value := getattr(part, name, None), Tensor)}
+        if isinstance(part, Tensor) or not own:
+            return change(part)
+        made = copy.copy(part)
+        for name, value in own.items():
+            object.__setattr__(made, name, change(value))  # it may be frozen
+        return made
+
+    return tree_map(leaf, outputs)
 
 
 REASONS: Mapping[Kind, str] = {
     "product": "multiplies two things that both depend on the picture",
     "difference": "takes one thing from another",
-    "normalisation": "divides by a statistic of its own input",
+    "normalisation": "divides by a statistic of its own input or of the batch",
     "softmax": "divides by a sum over its own input",
     "attention": "is attention",
 }
 
 
 def refuse(name: str, layers: Layers, kinds: Collection[Kind], instead: str) -> None:
-    """Refuse a network that does what a method has no rule for.
+    """Refuse a network that does what a method has no rule for, or mixes the images of a batch.
 
     Raises:
         ModelError: which module does what.
     """
     for operation in layers.operations:
+        if operation.name == "batch_norm" and operation.kind == "normalisation":
+            raise ModelError(f"{name}: {operation}, which {BY_BATCH}; give it running statistics")
         if operation.kind not in kinds:
             why = REASONS.get(operation.kind, "is not known here")
             raise ModelError(f"{name}: {operation}, which {why}, and it has no rule for that; {instead}")

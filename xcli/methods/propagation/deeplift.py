@@ -16,14 +16,8 @@ from xcli.methods.base import Attribution
 from xcli.methods.gradient.base import PixelMethod
 from xcli.methods.propagation.base import refuse
 from xcli.methods.propagation.multipliers import Multipliers, Paired, Rule, differences
-from xcli.operations import Kind
 from xcli.registry import method, options
 from xcli.score import Score
-
-RULED: tuple[Kind, ...] = (
-    *("rearrangement", "weighted", "batch-norm", "average", "sum", "difference", "scaling"),
-    *("product", "maximum", "activation"),
-)
 
 
 @options
@@ -38,14 +32,14 @@ class DifferenceMethod(PixelMethod):
     ] = "rescale"
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
-        refuse(self.name, layers, RULED, "integrated-gradients takes any network")
+        refuse(self.name, layers, Multipliers.HANDLED, "integrated-gradients takes any network")
         return ()
 
     def compared(self, score: Score, x: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         """The map of each row (N, C, H, W) and its difference in score (N,), from ``start``: (1, C, H, W) for all, or
         (B, C, H, W)."""
         self.looks_at(score.layers)
-        rules, shared = Multipliers(self.rule, twice=score.create_graph), len(start) == 1
+        rules, shared = Multipliers(self.rule, name=self.name, twice=score.create_graph), len(start) == 1
         paired = Paired(score.module, rules, start if shared else None)
         given = x if shared else torch.stack([x, start], 1)
         found = score.using(paired).reading(differences).gradients(given)

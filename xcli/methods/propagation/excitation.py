@@ -24,9 +24,7 @@ EXCITATION = Share((("positive", "positive"),), bias=None)
 INHIBITION = Share((("positive", "minus negative"),), bias=None)
 """What excitation is under the weights with their sign turned."""
 
-RULED: tuple[Kind, ...] = (
-    *("rearrangement", "weighted", "batch-norm", "average", "sum", "scaling", "maximum", "activation"),
-)
+RULED: tuple[Kind, ...] = tuple(kind for kind in Relevance.HANDLED if kind != "difference")
 
 
 @options
@@ -78,6 +76,7 @@ class Excitation(LayerMethod):
         plain = self.rule(EXCITATION)
         rules = Relevance(
             lambda *_: plain,
+            name=self.name,
             epsilon=0,
             positive=self.shares == "positive",
             constants=score.module.buffers(),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from xcli.methods.base import Attribution, Need
 from xcli.methods.gradient.base import INPUT, LayerMethod
 from xcli.methods.propagation.base import Relevance, Start, refuse, started
 from xcli.methods.propagation.rules import Rule, Share
-from xcli.operations import Kind, Operation
+from xcli.operations import Operation
 from xcli.registry import method, nearest
 from xcli.score import Score
 
@@ -83,7 +82,7 @@ class LRP(LayerMethod):
     - ``z-box``: :math:`x \odot W^\top s - l \odot W^{+\top} s - h \odot W^{-\top} s`, s = R / (W x - W+ l - W- h),
       with l and h the lowest and the highest input there can be, see ``box``; for layers that read the picture;
     - ``flat``: every input of an output gets the same; ``w2``: in proportion to W squared;
-    - ``pass``: relevance goes through, for batch norms and layers that keep their shape.
+    - ``pass``: relevance goes through, for the row ``batch-norm`` and for layers that keep their shape.
 
     ``rules`` names a composite, or is a table from ``first`` (layers that read the picture), ``convolution``,
     ``linear``, ``batch-norm`` (``pass`` or ``epsilon``), or the name of a module (* and ? are wildcards) to a rule; a
@@ -154,15 +153,13 @@ class LRP(LayerMethod):
         refuse(
             self.name,
             layers,
-            RULED,
+            Relevance.HANDLED,
             "attnlrp has rules for attention and products; integrated-gradients takes any network",
         )
-        known = [row.name for row in layers.rows]
+        weighted = named(layers)
         for key in self.table:
-            if key not in TYPES and not any(fnmatchcase(name, key) for name in known):
-                raise ModelError(
-                    f"{self.name}: rules: no layer is called {key!r}{nearest(key, [*TYPES, *known])}"
-                )
+            if key not in TYPES and not any(fnmatchcase(name, key) for name in weighted):
+                raise ModelError(f"{self.name}: rules: {missing(key, layers, weighted)}")
         return super().looks_at(layers)
 
     def span(self, score: Score, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +179,7 @@ class LRP(LayerMethod):
         chosen = Choice(self, score)
         rules = Relevance(
             chosen,
+            name=self.name,
             norms=self.table.get("batch-norm") == "epsilon",
             box=self.span(score, x) if "z-box" in self.table.values() else None,
             from_pixels=self.layer == INPUT or score.create_graph,
@@ -205,17 +203,22 @@ class LRP(LayerMethod):
         return Attribution(relevance, {"conservation": (total / values).detach(), **extras})
 
 
-RULED: tuple[Kind, ...] = (
-    "rearrangement",
-    "weighted",
-    "batch-norm",
-    "average",
-    "sum",
-    "difference",
-    "scaling",
-    "maximum",
-    "activation",
-)
+def named(layers: Layers) -> list[str]:
+    """The modules that a rule can be given by name: those that run a layer with weights, and, inside of these, those
+    that only hold weights for them."""
+    runs = dict.fromkeys(op.module for op in layers.operations if op.kind == "weighted")
+    outer = {row.name.rpartition(".")[0] for row in layers.rows}
+    idle = [row.name for row in layers.rows if not row.calls and row.name not in outer]
+    held = (name for name in idle if any(not run or name.startswith(f"{run}.") for run in runs))
+    return list(dict.fromkeys([*filter(None, runs), *held]))
+
+
+def missing(key: str, layers: Layers, weighted: Sequence[str]) -> str:
+    """Why a name is none that a rule can be given to."""
+    if not any(fnmatchcase(row.name, key) for row in layers.rows):
+        return f"no layer is called {key!r}{nearest(key, [*TYPES, *weighted])}"
+    within = any(fnmatchcase(name, f"{key}.*") for name in weighted)
+    return f"{key!r} is no layer with weights" + (f"; did you mean '{key}.*'" if within else "")
 
 
 def measured(operation: Operation) -> bool:
@@ -286,5 +289,6 @@ class Sums:
         self.count = count
 
     def __call__(self, number: int, relevance: Tensor, images: int) -> tuple[Tensor, ...]:
-        place = torch.nn.functional.one_hot(torch.tensor(number), self.count).to(relevance)
-        return (relevance.flatten(1).sum(1, keepdim=True) * place,)
+        sums = relevance.new_zeros(len(relevance), self.count)
+        sums[:, number] = relevance.flatten(1).sum(1)
+        return (sums,)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xcli.errors import ModelError
-from xcli.linear import Linear, normalising
+from xcli.linear import Linear
+from xcli.methods.propagation.rules import by_statistics, joins
 from xcli.methods.propagation.secants import (
     POOLS,
     Largest,
@@ -65,21 +66,19 @@ class Multipliers(Rules):
     factor has the mean of the other one.
     """
 
-    def __init__(self, rule: Rule, *, twice: bool = False) -> None:
-        table: Mapping[Kind, Handler] = {
-            "rearrangement": plainly,
-            "weighted": plainly,
-            "batch-norm": self.normalised,
-            "average": plainly,
-            "sum": plainly,
-            "difference": plainly,
-            "scaling": plainly,
-            "product": self.multiplied,
-            "maximum": self.picked,
-            "activation": self.activated,
-        }
-        super().__init__({kind: partial(self.handled, own) for kind, own in table.items()}, twice=twice)
-        self.rule, self.noting = rule, False
+    HANDLED: ClassVar[Mapping[Kind, str]] = {
+        **dict.fromkeys(("rearrangement", "weighted", "average", "sum", "difference", "scaling"), "plain"),
+        "batch-norm": "normalised",
+        "product": "multiplied",
+        "maximum": "picked",
+        "activation": "activated",
+    }
+    """What there are rules for, and which of the methods here they are."""
+
+    def __init__(self, rule: Rule, *, name: str = "deeplift", twice: bool = False) -> None:
+        own = {kind: partial(self.handled, getattr(self, of)) for kind, of in self.HANDLED.items()}
+        super().__init__(own, twice=twice)
+        self.name, self.rule, self.noting = name, rule, False
         self.record: deque[Seen] = deque()
         self.sources = WeakIdKeyDictionary()
 
@@ -118,10 +117,12 @@ class Multipliers(Rules):
         if call.kind == "weighted" and (self.rule == "reveal-cancel" or call.name == "linear"):
             linear, x, weight, bias = Linear.of(call)
             return Source(Layer(linear), (x,), (weight,) if bias is None else (weight, bias))
-        norm = normalising(call) if call.kind == "batch-norm" else None
-        if norm is not None and before is not None and isinstance(before.how, Layer):
+        if call.kind == "batch-norm" and before is not None and isinstance(before.how, Layer):
+            x, *norm = by_statistics(call)
+            if not joins(x, before.how.linear):
+                return None
             weight, bias = before.weights[0], before.weights[1] if len(before.weights) > 1 else None
-            folded = before.how.linear.folded(weight, bias, *norm[1:])
+            folded = before.how.linear.folded(weight, bias, *norm)
             return Source(before.how, before.inputs, folded)
         if call.name in ("add", "sub") and self.rule == "reveal-cancel":
             shapes = {one.shape for one in call.inputs}
@@ -140,7 +141,7 @@ class Multipliers(Rules):
         known = self.record.popleft() if self.record else None
         if known is None or known.name != call.name or not _fit(known.inputs, call.inputs):
             raise Unlike(
-                f"deeplift: the network does {call.name} on the picture and {known.name if known else 'no more'} on "
+                f"{self.name}: the network does {call.name} on the picture and {known.name if known else 'no more'} on "
                 "the one that it is compared with: what it computes hangs on what it sees; use integrated-gradients"
             )
         return known
@@ -149,22 +150,19 @@ class Multipliers(Rules):
         """``value``, with what ``step`` sends back."""
         return ruled(self, step, value, *tensors, *((value,) if self.twice else ()))
 
+    def plain(self, call: Call) -> Any:
+        """Its derivative."""
+        return plainly(call)
+
     def normalised(self, call: Call) -> Any:
-        found = normalising(call)
-        if found is None:
-            raise ModelError(
-                "a batch norm takes the statistics of the batch, so no image can be explained by itself"
-            )
+        x, scale, _ = by_statistics(call)
         if self.noting:
             return plainly(call)
-        x, scale, _ = found
         with torch.set_grad_enabled(self.twice):
             value = call.run(*call.inputs)
         return self.sent(Scaled(), value, x, scale.view(-1, *(1,) * (x.ndim - 2)))
 
     def activated(self, call: Call) -> Any:
-        if len(call.inputs) > 1:
-            raise ModelError(f"there is no rule for {call.name} with bounds that depend on the picture")
         if self.noting:
             return self.noted(call)
         (x,), seen = call.inputs, self.seen(call)
@@ -182,7 +180,10 @@ class Multipliers(Rules):
 
     def multiplied(self, call: Call) -> Any:
         if len(call.inputs) > 2:
-            raise ModelError(f"there is no rule for {call.name} of three things that depend on the picture")
+            raise ModelError(
+                f"{self.name}: there is no rule for {call.name} of three things that depend on the picture; use "
+                "integrated-gradients"
+            )
         if self.noting:
             return self.noted(call)
         with torch.set_grad_enabled(self.twice):
@@ -258,13 +259,13 @@ class Paired(nn.Module):
         if not (self.rules.twice and start.requires_grad):
             start = start.detach().requires_grad_()
         with self.rules.reference():
-            others = self.module(start)
+            others = self.rules.settled(self.module(start))
         with self.rules:
-            outputs = self.module(x)
+            outputs = self.rules.settled(self.module(x))
         if self.rules.record:
             raise Unlike(
-                f"deeplift: the network does {self.rules.record[0].name} on the picture that others are compared with "
-                "and not on those: what it computes hangs on what it sees; use integrated-gradients"
+                f"{self.rules.name}: the network does {self.rules.record[0].name} on the picture that others are "
+                "compared with and not on those: what it computes hangs on what it sees; use integrated-gradients"
             )
         return Both(outputs, others, len(start) < len(x))
 

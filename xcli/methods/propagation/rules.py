@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xcli.linear import Linear
+from xcli.errors import ModelError
+from xcli.linear import Linear, normalising
 from xcli.operations import Call, Step, apart
 from xcli.precision import full
 
@@ -57,6 +58,26 @@ class Rule:
     def boxed(self) -> bool:
         """Whether it asks for the lowest and highest input there can be."""
         return any(of_input == "low" for share in self.shares for of_input, _ in share.terms)
+
+
+def by_statistics(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, scale and shift (K,) of a batch norm.
+
+    Raises:
+        ModelError: it takes the statistics of the batch.
+    """
+    found = normalising(call)
+    if found is None:
+        raise ModelError(f"a batch norm {BY_BATCH}; give it running statistics")
+    return found
+
+
+BY_BATCH = "takes the statistics of the batch, so that no image can be explained by itself"
+
+
+def joins(x: Tensor, linear: Linear) -> bool:
+    """Whether the channels of a batch norm that reads x, the output of a layer, are the outputs of that layer."""
+    return x.ndim == 2 + (0 if linear.name == "linear" else int(linear.name[-2]))
 
 
 _NOTHING = 1e-20
@@ -145,7 +166,7 @@ class Weighted(Step):
                 if self.signed or of_input != "negative"
             ]
             if _whole(share) and value is not None:
-                z = value
+                z = full(value)
             else:
                 own = None if bias is None or share.bias is None else self.weights(bias, share.bias)
                 z = self.linear(*terms[0], own)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xcli.attention import unfused
 from xcli.errors import ModelError
@@ -19,8 +21,9 @@ from xcli.methods.base import Attribution, Need
 from xcli.methods.gradient.base import INPUT, LayerMethod
 from xcli.methods.propagation.base import Origin, Relevance, refuse
 from xcli.methods.propagation.lrp import LOWERED, RAISED
-from xcli.methods.propagation.rules import Rule, Weighted, stabilised
+from xcli.methods.propagation.rules import Rule, Weighted, by_statistics, stabilised
 from xcli.operations import Call, Kind, Step, plainly, ruled
+from xcli.precision import full
 from xcli.registry import method
 from xcli.score import Score
 
@@ -43,8 +46,8 @@ class AttnLRP(LayerMethod):
       one half: gradient / 2;
     - layer, group and RMS norms are divisions by a constant; the mean that is taken off, scale and shift stay;
     - the softmax keeps its gradient, which is the paper's rule :math:`x \odot (R - s \sum R)`, without what that gives
-      to its bias; ``attention: cp`` holds the probabilities instead (Ali et al. 2022, arXiv:2202.07304), so that
-      relevance goes through the values alone;
+      to its bias; ``attention: cp`` holds probabilities that take means of values by a matrix product (Ali et al.
+      2022, arXiv:2202.07304), so that relevance goes through the values alone;
     - convolutions and linear layers with ``gamma_convolution``, ``gamma_linear`` > 0 follow the gamma rule of ``lrp``,
       a batch norm behind them taken in; 0 is LRP-0.
 
@@ -78,7 +81,7 @@ class AttnLRP(LayerMethod):
             object.__setattr__(self, "needs", self.needs | {"layer"})
 
     def looks_at(self, layers: Layers) -> tuple[Layer, ...]:
-        refuse(self.name, layers, RULED, "integrated-gradients takes any network")
+        refuse(self.name, layers, Implicit.HANDLED, "integrated-gradients takes any network")
         for operation in layers.operations:
             if operation.kind == "normalisation" and operation.name not in NORMS:
                 raise ModelError(
@@ -100,20 +103,46 @@ class AttnLRP(LayerMethod):
 class Implicit(Relevance):
     """Relevance per unit of activation: the gradient, but for what the rules of ``AttnLRP`` change."""
 
+    HANDLED: ClassVar[Mapping[Kind, str]] = {
+        **Relevance.HANDLED,
+        **dict.fromkeys(("average", "sum", "difference", "scaling", "maximum"), "plain"),
+        "product": "halved",
+        "normalisation": "normed",
+        "softmax": "weighed",
+        "attention": "attended",
+    }
+
     def __init__(self, method: AttnLRP, *, twice: bool) -> None:
-        super().__init__(self.gamma, twice=twice)
+        super().__init__(self.gamma, name=method.name, twice=twice)
         self.method = method
-        self.table = {
-            **dict.fromkeys(("average", "sum", "difference", "scaling", "maximum"), plainly),
-            "rearrangement": self.moved,
-            "weighted": self.weighted,
-            "batch-norm": self.normalised,
-            "activation": self.passed,
-            "product": self.halved,
-            "normalisation": self.normed,
-            "softmax": plainly if method.attention == "attnlrp" else held,
-            "attention": lambda call: self.inside(lambda: unfused(call)),
-        }
+        self.probabilities = WeakIdKeyDictionary()  # what a softmax gave, wherever its entries went
+
+    def forget(self) -> None:
+        super().forget()
+        self.probabilities.clear()
+
+    def plain(self, call: Call) -> Any:
+        """The gradient."""
+        return plainly(call)
+
+    def attended(self, call: Call) -> Any:
+        """Attention, written out."""
+        return self.inside(lambda: unfused(call))
+
+    def weighed(self, call: Call) -> Any:
+        """The gradient of a softmax, which may be about to take means."""
+        out = plainly(call)
+        if call.name == "softmax":
+            self.probabilities[out] = True
+        return out
+
+    def moved(self, call: Call) -> Any:
+        out = super().moved(call)
+        if all(x in self.probabilities for x in call.inputs):
+            for part in tree_leaves(out):
+                if isinstance(part, Tensor):
+                    self.probabilities[part] = True
+        return out
 
     def gamma(self, weight: Tensor, function: str, pixels: bool) -> Rule:
         """The rule of a layer."""
@@ -130,8 +159,8 @@ class Implicit(Relevance):
         return PerUnit(linear, rule, signed=signed)
 
     def normalised(self, call: Call) -> Any:
-        joins = self.origin(call.inputs[0]).made_by is not None
-        return super().normalised(call) if joins else plainly(call)
+        x, _, _ = by_statistics(call)
+        return plainly(call) if self.origin(x).made_by is None else super().normalised(call)
 
     def passed(self, call: Call) -> Tensor:
         if call.name == "relu":  # f(x) / x is its derivative
@@ -141,24 +170,33 @@ class Implicit(Relevance):
         (x,) = call.inputs
         with torch.set_grad_enabled(self.twice):
             value = call.run(x)
-            factor = value / stabilised(x, 1e-10)
+            factor = full(value) / stabilised(full(x), 1e-10)
         return ruled(self, Factor(factor, call if self.twice else None), value, x)
 
     def halved(self, call: Call) -> Any:
-        inputs, share = call.inputs, Factor(1 / len(call.inputs))
-        shared = [ruled(self, share, x, x) for x in inputs]
-        return call.run(*shared)
+        inputs, held = call.inputs, self.taking_means(call)
+        share = Factor(1 / (len(inputs) - (held is not None)))
+        return call.run(
+            *(self.held(x) if place == held else ruled(self, share, x, x) for place, x in enumerate(inputs))
+        )
+
+    def taking_means(self, call: Call) -> int | None:
+        """Which input of a product, if any, is probabilities that are to be held."""
+        if self.method.attention == "attnlrp" or call.name not in ("matmul", "bmm", "mm", "einsum"):
+            return None
+        return next((place for place, x in enumerate(call.inputs) if x in self.probabilities), None)
+
+    def held(self, x: Tensor) -> Tensor:
+        """A constant: nothing is sent back, but for what maps that are differentiated in their turn depend on."""
+        return ruled(self, Factor(0.0), x, x) if self.twice else x.detach()
 
     def normed(self, call: Call) -> Tensor:
         (x,) = call.inputs
+        if call.name not in NORMS:
+            raise ModelError(f"{self.name}: there is no rule for {call.name}; use integrated-gradients")
         with torch.set_grad_enabled(self.twice):
             norm = NORMS[call.name](call)
         return ruled(self, norm, call.run(x.detach()), x)
-
-
-def held(call: Call) -> Any:
-    """A constant: nothing is sent back."""
-    return call.run(*call.inputs).detach()
 
 
 class PerUnit(Weighted):
@@ -170,7 +208,7 @@ class PerUnit(Weighted):
 
     def back(self, sent: Tensor, value: Tensor | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         assert value is not None
-        return super().back(sent * value, value, tensors)
+        return super().back(full(sent) * full(value), value, tensors)
 
     def shared(self, part: Tensor) -> Tensor | bool:
         return part != 0 if self.signed else True
@@ -210,7 +248,7 @@ class Norm(Step):
         return out
 
     def back(self, sent: Tensor, value: Tensor | None, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        own = sent if self.weight is None else sent * self.weight
+        own = full(sent) if self.weight is None else full(sent) * self.weight
         own = own.reshape(self.shape) * self.inverse
         own = own - own.mean(-1, keepdim=True) if self.centred else own
         return (own.reshape(sent.shape),)
@@ -230,7 +268,7 @@ def _layer_norm(call: Call) -> Norm:
         else given["normalized_shape"]
     )
     shape = (*x.shape[: x.ndim - len(axes)], math.prod(axes))
-    inverse = (x.reshape(shape).var(-1, correction=0, keepdim=True) + given.get("eps", 1e-5)).rsqrt()
+    inverse = (full(x).reshape(shape).var(-1, correction=0, keepdim=True) + given.get("eps", 1e-5)).rsqrt()
     return Norm(call, shape, inverse, given.get("weight"), True)
 
 
@@ -241,7 +279,7 @@ def _rms_norm(call: Call) -> Norm:
     shape = (*x.shape[: x.ndim - len(axes)], math.prod(axes))
     epsilon = given.get("eps")
     epsilon = torch.finfo(x.dtype).eps if epsilon is None else epsilon
-    inverse = (x.reshape(shape).square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    inverse = (full(x).reshape(shape).square().mean(-1, keepdim=True) + epsilon).rsqrt()
     return Norm(call, shape, inverse, given.get("weight"), False)
 
 
@@ -249,7 +287,7 @@ def _group_norm(call: Call) -> Norm:
     given = _given(call, "input", "num_groups", "weight", "bias", "eps")
     x: Tensor = given["input"]
     shape = (len(x), given["num_groups"], x[0].numel() // given["num_groups"])
-    inverse = (x.reshape(shape).var(-1, correction=0, keepdim=True) + given.get("eps", 1e-5)).rsqrt()
+    inverse = (full(x).reshape(shape).var(-1, correction=0, keepdim=True) + given.get("eps", 1e-5)).rsqrt()
     weight = given.get("weight")
     return Norm(call, shape, inverse, None if weight is None else weight.view(-1, *(1,) * (x.ndim - 2)), True)
 
@@ -259,19 +297,3 @@ NORMS: Mapping[str, Callable[[Call], Norm]] = {
     "rms_norm": _rms_norm,
     "group_norm": _group_norm,
 }
-
-RULED: tuple[Kind, ...] = (
-    "rearrangement",
-    "weighted",
-    "batch-norm",
-    "average",
-    "sum",
-    "difference",
-    "scaling",
-    "product",
-    "maximum",
-    "activation",
-    "normalisation",
-    "softmax",
-    "attention",
-)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn, Self
 
-import torch
 from torch import Tensor
 
 from xcli.errors import ModelError
@@ -27,9 +26,10 @@ class Tokens:
 
     def result(self, like: Tensor) -> Tensor:
         """The tokens that are the result, in equal shares: (1, T)."""
-        row = torch.zeros(self.count, dtype=like.dtype, device=like.device)
-        row[torch.tensor(self.read, device=like.device)] = 1 / len(self.read)
-        return row[None]
+        row = like.new_zeros(1, self.count)
+        for place in self.read:
+            row[:, place] = 1 / len(self.read)
+        return row
 
     def maps(self, values: Tensor) -> Tensor:
         """A number a token (m, T) on the grid of the patches, (m, h, w)."""
@@ -66,6 +66,12 @@ class AttentionMethod(Method):
                 "this network has no attention (a softmax over tokens by which means are taken), and it explains "
                 "attention"
             )
+        known = {one.module for one in layers.attention}
+        for operation in layers.operations:
+            if operation.kind == "attention" and operation.module not in known:
+                self.refuse(
+                    f"module {operation.module!r} also attends to keys of its own, which stand for no token"
+                )
         count = layers.attention[0].shape[1]
         for one in layers.attention:
             where = f"module {one.module!r}" if one.module else "the network itself"

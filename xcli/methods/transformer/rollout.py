@@ -89,10 +89,11 @@ class AttentionRollout(Rolled):
 
     the row of the result, A_l the heads of layer l fused: their mean, or at each entry the largest or smallest. (N, h,
     w), not negative; with the columns of class and register tokens each row sums to 1. Unit: a share. The same for
-    every class: no gradients are taken. ``discard`` sets the lowest entries of each A_l to 0 before I is added.
+    every class: no gradients are taken. ``discard`` sets the lowest entries of each A_l to 0 before I is added, but
+    never the attention of the first token to itself.
 
-    Source: Abnar and Zuidema 2020, arXiv:2005.00928. ``preset: vit-explain`` is what jacobgil/vit-explain defines:
-    nine tenths discarded, but never the attention of the first token to itself. Its code then divides column j by the
+    Source: Abnar and Zuidema 2020, arXiv:2005.00928, who discard nothing. ``preset: vit-explain`` is what
+    jacobgil/vit-explain defines: nine tenths discarded. Its code then divides column j by the
     sum of row j, which makes a difference as soon as these sums differ, and discards for the first image of a batch
     alone; here rows are divided by their own sums, for every image.
     """
