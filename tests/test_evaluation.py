@@ -146,6 +146,7 @@ def test_scoring_a_finished_run_gives_the_numbers_of_one_pass(place: Path, maps:
     assert not (maps / "evaluation").exists()
 
 
+@pytest.mark.soak
 def test_the_batch_changes_no_score(place: Path, tmp_path: Path):
     """In float64, as a metric that sorts pixels takes the last bits of a float32 map for an order."""
     found = {}
@@ -332,6 +333,7 @@ def test_a_map_that_is_not_finite_has_no_score(maps: Path):
         assert np.flatnonzero(np.isnan(found.metrics("gradcam")["deletion"])).tolist() == [2]
 
 
+@pytest.mark.soak
 def test_fresh_removes_the_scores_too(place: Path, tmp_path: Path, xai: Commands):
     config = written(tmp_path / "config.yaml", config_of(place / "photos", tmp_path / "run"))
     assert xai("evaluate", config).code == 0
@@ -534,6 +536,7 @@ def test_gates_end_in_exit_code_4_and_say_why(place: Path, maps: Path, xai: Comm
         assert mean == pytest.approx(found.metrics("gradcam")["deletion"].mean(), rel=1e-5)
 
 
+@pytest.mark.soak
 def test_a_gate_against_another_run_pairs_its_rows(place: Path, maps: Path, xai: Commands):
     call = ["evaluate", maps, *(word for text in SETTINGS for word in ("--set", text))]
     same_run = xai(*call, "--gate", "gradcam.insertion>=reference-0.001", "--against", place / "whole")
@@ -573,6 +576,7 @@ def test_the_table_csv_and_curves_are_written(maps: Path, xai: Commands):
         assert drawn.size[0] > 600
 
 
+@pytest.mark.soak
 def test_compare_scores_the_baselines_that_are_missing(maps: Path, xai: Commands):
     evaluate(maps, overrides=SETTINGS)
     ended = xai("compare", maps, "--no-baselines", "--json")

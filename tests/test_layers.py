@@ -57,22 +57,19 @@ EXPECTED = {
     "vit_h_": "encoder.layers.encoder_layer_31.ln_1",
 }
 QUICK = {
-    *("alexnet", "convnext_tiny", "densenet121", "densenet201", "efficientnet_b0", "efficientnet_b4"),
     *(
-        "efficientnet_v2_s",
+        "alexnet",
+        "convnext_tiny",
+        "densenet121",
+        "efficientnet_b0",
         "googlenet",
-        "inception_v3",
-        "maxvit_t",
         "mnasnet0_5",
-        "mnasnet1_3",
         "mobilenet_v2",
     ),
-    *("mobilenet_v3_large", "mobilenet_v3_small", "regnet_x_400mf", "regnet_x_3_2gf", "regnet_y_400mf"),
-    *("regnet_y_3_2gf", "resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"),
-    *("shufflenet_v2_x0_5", "shufflenet_v2_x2_0", "squeezenet1_0", "squeezenet1_1", "swin_t", "swin_v2_t"),
-    *("vgg11", "vgg16_bn", "vit_b_16", "vit_b_32"),
+    *("mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50", "shufflenet_v2_x0_5"),
+    *("squeezenet1_1", "swin_t", "vgg11", "vit_b_32"),
 }
-"""One, two or three of each family; the others are soaked."""
+"""One or two of most families; the others are soaked."""
 
 
 def classifiers() -> list[str]:

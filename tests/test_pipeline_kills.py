@@ -66,6 +66,7 @@ def test_a_run_killed_seven_times_ends_like_one_that_nothing_disturbed(
     assert not (run / "parts").exists()
 
 
+@pytest.mark.soak
 def test_what_was_committed_before_a_kill_is_not_computed_again(
     expected: Path, tmp_path: Path, xai: Commands
 ):

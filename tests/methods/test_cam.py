@@ -270,6 +270,7 @@ def test_aug_smooth_of_two_layers_equals_grad_cam(network):
     assert (ours - plain).abs().max() > 0.01
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("network", ["resnet18", "vgg11_bn"])
 def test_aug_smooth_of_one_layer_equals_grad_cam(network):
     case = cams.case(network)

@@ -62,6 +62,7 @@ def test_the_two_packages_and_the_paper_do_not_agree():
         assert (paper - other).abs().max() > 1e-4 * paper.abs().max()
 
 
+@pytest.mark.soak
 def test_iscam_equals_torch_cam(case):
     expected = cams.torch_cam_map(torch_cam.ISCAM, case, num_samples=3)
     assert expected.abs().amax((1, 2)).min() > 0

@@ -288,6 +288,7 @@ def test_it_finds_the_best_of_all_weights_of_two_channels(sign, objective):
 # ---- on networks that have learned something -------------------------------------------------------------------
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("name", "size"), [("shapes-cnn", (64, 48)), ("shapes-vit", (128, 128))])
 def test_the_score_of_the_masked_image_rises(name, size):
     x = contract.pictures(size)

@@ -346,6 +346,7 @@ def expected_map(size, cells, keep, terms):
     return both / keep
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("normalise", ["expectation", "coverage"])
 def test_the_standard_error_is_the_deviation_from_endless_masks_and_shrinks_with_their_root(normalise):
     """Over 40 seeds, on a linear model, whose map in the limit is known."""
