@@ -259,6 +259,7 @@ def peer_of_views(case, layers):
         return torch.from_numpy(cam(case.x, GOALS, aug_smooth=True)).double()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("network", ["resnet18", "shapes-vit"])
 def test_aug_smooth_of_two_layers_equals_grad_cam(network):
     case = cams.case(network)
@@ -336,6 +337,7 @@ SHARED = [
 ]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("spec", SHARED, ids=lambda spec: spec["name"])
 @pytest.mark.parametrize(
     "promise",

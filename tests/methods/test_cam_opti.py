@@ -65,6 +65,7 @@ LAYERS = {"vit": "encoder.layers.encoder_layer_0", "swin": "features.2"}
 """Instead of layer norms: those of an untrained network make channels whose mean is zero everywhere."""
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("objective", ["score", "difference"])
 @pytest.mark.parametrize("name", cams.NARROW)
 def test_it_equals_the_search_written_out_row_by_row(name, objective):
@@ -107,6 +108,7 @@ def as_published(net, x, acts, targets, steps, rate, objective):
     return (w.softmax(1) * acts).sum(1).detach(), steps
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("name", "objective"), [("resnet", "score"), ("densenet", "score"), ("densenet", "difference")]
 )
