@@ -111,14 +111,6 @@ def _multi_head(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """As ``F.multi_head_attention_forward``: tokens first, (T, B, E), or (T, E) of one sequence."""
-    if (
-        bias_k is not None
-        or bias_v is not None
-        or add_zero_attn
-        or static_k is not None
-        or static_v is not None
-    ):
-        raise ModelError("attention adds keys of its own, which stand for no token")
     if alone := query.ndim == 2:
         query, key, value = (t[:, None] for t in (query, key, value))
     if in_proj_weight is not None and not use_separate_proj_weight:

@@ -17,11 +17,12 @@ has no rule is refused by name. Out of its sight are functions compiled by ``tor
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,7 @@ def _flowing(out: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.requires_grad)
 
 
-class Watching(TorchFunctionMode):
+class Watching(TorchFunctionMode, ABC):
     """Tells calls that the picture flows through, which ``called`` answers, from all others."""
 
     def __init__(self) -> None:
@@ -133,8 +134,12 @@ class Watching(TorchFunctionMode):
         self.weights = WeakIdKeyDictionary()  # made of parameters alone
         self.current = WeakIdKeyDictionary()  # what a tensor that was to be changed in place has become
 
+    def __enter__(self) -> Self:
+        TorchFunctionMode.__enter__(self)
+        return self
+
     def __exit__(self, *caught: Any) -> None:
-        super().__exit__(*caught)  # type: ignore[no-untyped-call]
+        TorchFunctionMode.__exit__(self, *caught)
         self.forget()
 
     def forget(self) -> None:
@@ -161,9 +166,9 @@ class Watching(TorchFunctionMode):
             return False
         return leaf not in self.weights
 
+    @abstractmethod
     def called(self, call: Call) -> Any:
         """What the call answers."""
-        raise NotImplementedError
 
     def aside(self, call: Call) -> Any:
         """What a call answers through which nothing is sent back."""
@@ -260,7 +265,7 @@ def plainly(call: Call) -> Any:
     return call.run(*call.inputs)
 
 
-class Step:
+class Step(ABC):
     """A function of tensors and what it sends back to them in place of its derivative.
 
     ``keeps_value`` and ``keeps_tensors`` say what ``back`` reads, of the tensors those from ``reads_from`` on; the rest
@@ -269,13 +274,13 @@ class Step:
 
     keeps_value, keeps_tensors, reads_from = False, False, 0
 
+    @abstractmethod
     def run(self, *tensors: Tensor) -> Tensor:
         """The value at ``tensors``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def back(self, sent: Tensor, value: Tensor | None, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """What each of ``tensors`` gets of ``sent``, which arrives at ``value``; those at the end may be left out."""
-        raise NotImplementedError
 
 
 def ruled(rules: Rules, step: Step, value: Tensor, *tensors: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from xcli.errors import ModelError
+from xcli.errors import ConfigError, ModelError
 from xcli.layers import Layer, Layers
 from xcli.methods.base import Method, Need, Reduce
 from xcli.registry import options
@@ -71,6 +71,21 @@ class LayerMethod(PixelMethod):
         layers = self.looks_at(score.layers)
         (acts,), (grads,), _ = score.gradients(x, at=layers)
         return (layers[0].maps(acts), layers[0].maps(grads)) if layers else (acts, grads)
+
+
+def beside(method: Method, score: Score, folder: str, x: Tensor) -> Tensor:
+    """The pictures (R, C, H, W) of ``folder``, which the images ``x`` are compared with.
+
+    Raises:
+        ConfigError: they are not there, or of another size than the images.
+    """
+    given = score.picture(folder)
+    if given.shape[1:] != x.shape[1:]:
+        raise ConfigError(
+            f"{method.name}: the pictures to compare with are {tuple(given.shape[1:])}, the images "
+            f"{tuple(x.shape[1:])}; they have to be of one size"
+        )
+    return given.to(x)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from xcli import draws
-from xcli.errors import ConfigError
 from xcli.methods.base import Attribution
-from xcli.methods.gradient.base import PixelMethod, rounds
+from xcli.methods.gradient.base import PixelMethod, beside, rounds
 from xcli.registry import method
 from xcli.score import Score
 
@@ -60,20 +59,14 @@ class ExpectedGradients(PixelMethod):
         return (self.baselines,)
 
     def attribute(self, score: Score, x: Tensor) -> Attribution:
-        given = score.picture(self.baselines)
-        if given.shape[1:] != x.shape[1:]:
-            raise ConfigError(
-                f"expected-gradients: the pictures to compare with are {tuple(given.shape[1:])}, the images "
-                f"{tuple(x.shape[1:])}; they have to be of one size"
-            )
-        pictures, total = given.to(x), x.new_zeros(())
+        pictures, total = beside(self, score, self.baselines, x), x.new_zeros(())
         seeds = score.seeds(torch.arange(len(x)), self.name)
         for part in rounds(score, self.samples):
             end, start, place = self.drawn(x, pictures, seeds[part.image], part.image, part.sample)
             (grads,) = part.score.gradients(start + place[:, None, None, None] * (end - start)).grads
             copy = part.score.image.to(x.device)
             total = total + part.of_rows(grads * (end - start)[copy]).sum(1) / self.samples
-        others = score.once((given, "elsewhere"), lambda: score.elsewhere(pictures).mean(0))
+        others = score.once(("elsewhere", self.baselines), lambda: score.elsewhere(pictures).mean(0))
         return Attribution(total, {"delta": total.sum((1, 2, 3)) - (score.clean(x) - others)})
 
     def drawn(

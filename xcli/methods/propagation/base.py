@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +105,10 @@ class Relevance(Rules):
         self.origins = WeakIdKeyDictionary()
         self.joined: set[int] = set()  # by the id of their weights: layers that a batch norm was joined with
 
-    def __enter__(self) -> Relevance:
+    def __enter__(self) -> Self:
         self.begun = False
         self.hold(self.buffers)
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+        return super().__enter__()
 
     def forget(self) -> None:
         super().forget()

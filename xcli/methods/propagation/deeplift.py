@@ -10,10 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from xcli.baselines import Removal
-from xcli.errors import ConfigError
 from xcli.layers import Layer, Layers
 from xcli.methods.base import Attribution
-from xcli.methods.gradient.base import PixelMethod
+from xcli.methods.gradient.base import PixelMethod, beside
 from xcli.methods.propagation.base import refuse
 from xcli.methods.propagation.multipliers import Multipliers, Paired, Rule, differences
 from xcli.registry import method, options
@@ -124,14 +123,9 @@ class DeepLIFTSHAP(DifferenceMethod):
         return (self.baselines,)
 
     def attribute(self, score: Score, x: Tensor) -> Attribution:
-        given = score.picture(self.baselines)
-        if given.shape[1:] != x.shape[1:]:
-            raise ConfigError(
-                f"{self.name}: the pictures to compare with are {tuple(given.shape[1:])}, the images "
-                f"{tuple(x.shape[1:])}; they have to be of one size"
-            )
+        given = beside(self, score, self.baselines, x)
         total, gap = x.new_zeros(()), x.new_zeros(())
-        for start in given.to(x).split(1):
+        for start in given.split(1):
             own, difference = self.compared(score, x, start)
             total, gap = total + own / len(given), gap + difference / len(given)
         return Attribution(total, {"delta": total.sum((1, 2, 3)) - gap})
