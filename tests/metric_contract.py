@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from contract import IMAGES, ROWS, pictures, score_of, snapshot
+from contract import IMAGES, ROWS, WHOLE, pictures, score_of, snapshot
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -78,6 +78,10 @@ def measured(
     return metric.measure(**given(metric, net, x, images, targets, **how))
 
 
+def whole_of(metric: Metric, net: nn.Module, x: Tensor) -> list[Tensor]:
+    return WHOLE.of(lambda *told: parts_of(measured(*told, *ROWS)), metric, net, x)
+
+
 def parts_of(found: Measured) -> list[Tensor]:
     return [part for part in (found.values, found.curve, *found.extras.values()) if part is not None]
 
@@ -108,7 +112,7 @@ def values_are_in_bounds(metric: Metric, net: nn.Module, x: Tensor) -> None:
 
 
 def batch_and_micro_batch_do_not_matter(metric: Metric, net: nn.Module, x: Tensor) -> None:
-    whole = parts_of(measured(metric, net, x, *ROWS))
+    whole = whole_of(metric, net, x)
     same(parts_of(measured(metric, net, x, *ROWS, micro_batch=3)), whole)
     alone = [
         parts_of(measured(metric, net, x[image : image + 1], [0], [target]))
@@ -118,7 +122,7 @@ def batch_and_micro_batch_do_not_matter(metric: Metric, net: nn.Module, x: Tenso
 
 
 def order_and_company_do_not_matter(metric: Metric, net: nn.Module, x: Tensor) -> None:
-    whole = parts_of(measured(metric, net, x, *ROWS))
+    whole = whole_of(metric, net, x)
     images, targets = [IMAGES - 1 - i for i in reversed(ROWS[0])], list(reversed(ROWS[1]))
     same([part.flip(0) for part in parts_of(measured(metric, net, x.flip(0), images, targets))], whole)
 
@@ -127,8 +131,7 @@ def a_recorded_pass_gives_the_same(metric: Metric, net: nn.Module, x: Tensor) ->
     from xcli.execution import Execution
     from xcli.forward import Forward
 
-    offered = given(metric, net, x, *ROWS)
-    whole = parts_of(metric.measure(**offered))
+    offered, whole = given(metric, net, x, *ROWS), whole_of(metric, net, x)
     if "score" in offered:
         with frozen(net):
             forward = Forward(net, x, (), Execution(2))

@@ -6,13 +6,16 @@ ended. A child is a fork that runs the whole command, so that it may be killed a
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,12 +87,21 @@ def same(found: Path, expected: Path, tolerance: float = 0.0) -> None:
             np.testing.assert_array_equal(ours[name], values, err_msg=name)
 
 
+def longer(*parameters: Any) -> list[Any]:
+    """Parameters of a test for the long run alone."""
+    import pytest
+
+    rows = [one if isinstance(one, tuple) else (one,) for one in parameters]
+    return [pytest.param(*row, marks=pytest.mark.soak) for row in rows]
+
+
 class Ended(NamedTuple):
-    """How a command ended: its exit code, negative for a signal that killed it, and what it said."""
+    """How a command ended: its exit code, negative for a signal that killed it, what it said, its largest size."""
 
     code: int
     stdout: str
     stderr: str
+    peak: int = 0  # bytes
 
 
 class Commands:
@@ -146,16 +158,47 @@ def child(arguments: list[str], options: dict[str, Any]) -> None:
     Args:
         options: ``failpoint``: XCLI_FAILPOINT; ``part_images``: most images a part; ``signal_at``: [batch, number], the
             signal this process sends itself when it comes to that batch; ``wait_at``: [batch, made, awaited], it makes
-            the one file when it comes to that batch, and goes on when the other is there.
+            the one file when it comes to that batch, and goes on when the other is there; ``folder``: the current one;
+            ``signal``: sent at the fail-point instead of SIGKILL; ``points``: a file that gets the name of every
+            fail-point passed; ``file_size``: most bytes a file may have, as if the disk were full;
+            ``stdout``, ``stderr``: a device, or None for a closed stream;
+            ``seconds``: it is killed by SIGALRM then, though it may hang in a library; ``obeys``: what a file's mode
+            forbids is forbidden to an administrator, too; ``changes``: [what, file], done once the list of images is
+            made (``vanish``, ``grow``, ``touch``, or ``replace`` by what lies beside it with ``.new`` at its end).
     """
     import time
 
+    import xcli.images
     import xcli.pipeline
     import xcli.plan
     from xcli.cli import main
 
+    os.chdir(options.get("folder", "."))
     if point := options.get("failpoint"):
         os.environ["XCLI_FAILPOINT"] = point
+    if number := options.get("signal"):
+        import xcli.durable
+
+        xcli.durable.signal = SimpleNamespace(SIGKILL=number)
+    if points := options.get("points"):
+        import xcli.durable
+
+        os.environ["XCLI_FAILPOINT"] = "none:1"
+        xcli.durable.fnmatchcase = lambda name, _: note(points, name)
+    if size := options.get("file_size"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    if options.get("obeys"):
+        obey_modes()
+    signal.alarm(options.get("seconds", 0))
+    genuine_list = xcli.images.find_images
+
+    def listed(*given: Any, **named: Any) -> Any:
+        found = genuine_list(*given, **named)
+        for what, file in options.get("changes", ()):
+            change(what, Path(file))
+        return found
+
+    xcli.images.find_images = listed
     xcli.plan.PART_IMAGES = options.get("part_images", 4)
     batches = 0
     genuine = xcli.pipeline.explained
@@ -185,11 +228,55 @@ def child(arguments: list[str], options: dict[str, Any]) -> None:
     os._exit(code or 0)
 
 
+def note(file: str, line: str) -> None:
+    """Add a line to a file, also from several threads."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.write(descriptor, f"{line}\n".encode())
+    os.close(descriptor)
+
+
+def change(what: str, file: Path) -> None:
+    """Do to an image what another process might."""
+    if what == "vanish":
+        file.unlink()
+    elif what == "grow":
+        with file.open("ab") as end:
+            end.write(b"more")
+    elif what == "touch":
+        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    else:
+        file.with_name(f"{file.name}.new").replace(file)
+
+
+def obey_modes() -> None:
+    """Give up the right of an administrator to open what its mode forbids (capabilities 1 and 2 of Linux)."""
+    library = ctypes.CDLL(None, use_errno=True)
+    head, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    library.capget(head, sets)
+    sets[0] &= ~0b110
+    assert library.capset(head, sets) == 0
+
+
+def redirect(number: int, device: str | int | None) -> None:
+    """Make the stream a device, or close it, as a shell does before the command starts."""
+    name = {1: "stdout", 2: "stderr"}[number]
+    if device is None:
+        os.close(number)
+        setattr(sys, name, None)
+    elif isinstance(device, str):
+        os.dup2(os.open(device, os.O_WRONLY), number)
+
+
 def serve() -> None:
     """Answer every request with the exit status of its child, negative for a signal, and with what it wrote."""
-    from xcli.registry import methods
+    import matplotlib.backends.backend_agg  # noqa: F401  (what children would import one after the other)
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  (by the first gradient)
+
+    import xcli.scorecard  # noqa: F401
+    from xcli.registry import methods, metrics
 
     methods()
+    metrics()
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             pid = os.fork()
@@ -197,11 +284,17 @@ def serve() -> None:
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                child(*json.loads(line))
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever those who started the tests ignore
+                arguments, options = json.loads(line)
+                for number, name in ((1, "stdout"), (2, "stderr")):
+                    redirect(number, options.get(name, number))
+                child(arguments, options)
+            _, status, used = os.wait4(pid, 0)
+            code = os.waitstatus_to_exitcode(status)
             out.seek(0)
             err.seek(0)
-            print(json.dumps([code, out.read().decode(), err.read().decode()]), flush=True)
+            answer = [code, out.read().decode(), err.read().decode(), used.ru_maxrss << 10]
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ FAMILIES, METRICS = "methods/*", "metrics/*"
 """Every file of a family; a new one needs no entry."""
 
 ROOMS: tuple[tuple[str, ...], ...] = (
-    ("errors", "__init__"),
+    ("errors", "visible", "__init__"),
     ("registry", "yamlfile"),
     ("precision", "draws", "kinds", "operations", "attention", "rectifiers", "hooks", "execution", "forward"),
-    ("preprocess", "decode", "inputs", "images"),
+    ("preprocess", "contents", "decode", "inputs", "images"),
     ("demo/__init__", "demo/nets"),
-    ("factory", "weights", "sources", "models"),
+    ("factory", "weights", "programs", "sources", "models"),
     ("grids", "trace", "layers"),
     ("keys", "copies", "targets", "replay", "prefix", "backward", "score"),
     ("linear", "multigrid", "imputation", "baselines", "segments"),
@@ -56,8 +56,21 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "template",
         "schema",
     ),
+    ("signals", "durable"),
     ("render", "panels", "pictures"),
-    ("durable", "parts", "record", "survey", "allocated", "merge", "store", "results", "summaries"),
+    (
+        "breadcrumbs",
+        "parts",
+        "record",
+        "survey",
+        "allocated",
+        "merge",
+        "store",
+        "results",
+        "soundness",
+        "recordcheck",
+        "summaries",
+    ),
     ("scoretable", "scoretext", "leaderboard", "joining", "plots"),
     (
         "tuning",
@@ -69,8 +82,8 @@ ROOMS: tuple[tuple[str, ...], ...] = (
         "batches",
         "collect",
         "provenance",
+        "summary",
         "progress",
-        "signals",
         "pipeline",
         "checkup",
     ),
@@ -78,7 +91,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("api",),
     ("demo/drawing", "demo/scenes", "demo/train", "demo/localise"),
     (
-        *("cli/__init__", "cli/exits", "cli/options"),
+        *("cli/__init__", "cli/exits", "cli/options", "cli/streams"),
         *(
             "cli/check",
             "cli/compare",

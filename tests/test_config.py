@@ -5,13 +5,10 @@ from __future__ import annotations
 import datetime
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from xcli import decode, registry, targets
 from xcli.complaints import InvalidConfigError
@@ -24,7 +21,6 @@ from xcli.modelsection import DemoModel
 from xcli.overrides import Changes
 from xcli.preprocess import Preprocess
 from xcli.sections import ImagesSection, TopTarget
-from xcli.yamlfile import read_yaml, write_inline
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -604,52 +600,6 @@ def test_an_error_that_shows_later_has_its_place(load):
     assert str(config.error(("methods", 0, "layer"), "no such layer")).endswith(
         "my.yaml:3:34: methods[0].layer: no such layer"
     )
-
-
-# ---- robustness -------------------------------------------------------------------------------------------------
-
-WORDS = """model images target methods score runtime output name source path class top above layer relu preset as seed
-png demo gradcam predicted label auto none null true 1 0 -1 0.5 1e999 012 .nan x"""
-words = st.sampled_from(WORDS.split())
-marks = st.sampled_from(
-    [": ", "\n", "\n  ", "- ", "[", "]", "{", "}", ", ", "'", '"', "&a ", "*a", "!x ", "#", "|", "\t", "<<"]
-)
-soup = st.lists(words | marks | st.text(max_size=3), max_size=30).map("".join)
-values = st.recursive(
-    words.map(lambda word: read_yaml(word, "w").data),
-    lambda v: st.lists(v, max_size=3) | st.dictionaries(words, v, max_size=3),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=soup)
-def test_any_text_gives_a_config_or_a_config_error(tmp_path_factory, text):
-    path = tmp_path_factory.getbasetemp() / "soup.yaml"
-    path.write_bytes(text.encode("utf-8", "replace"))
-    with pytest.raises(ConfigError):
-        load_config(path)
-    path.write_bytes((DEMO + text).encode("utf-8", "replace"))
-    with suppress(ConfigError):
-        load_config(path)
-
-
-@settings(max_examples=200, deadline=None)
-@given(key=st.lists(words, min_size=1, max_size=4).map(".".join), value=soup)
-def test_any_override_gives_a_config_or_a_config_error(key, value):
-    with suppress(ConfigError):
-        assert load_config(None, Changes(overrides=[f"{key}={value}"])).text()
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    key=st.sampled_from(["model", "images", "target", "methods", "score", "runtime", "output", "methods.0"]),
-    value=values,
-)
-def test_any_plain_data_gives_a_config_that_reads_back_or_a_config_error(key, value):
-    with suppress(ConfigError):
-        config = load_config(None, Changes(overrides=[f"{key}={write_inline(value)}"]))
-        assert config.text()
 
 
 def test_importing_the_config_does_not_import_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import contract
 import pytest
@@ -18,6 +19,7 @@ from xcli.methods.perturbation.base import BlackBox
 from xcli.registry import methods
 
 
+@cache
 def method_of(name: str) -> Method:
     cls = methods()[name]
     return cls(**cls.small)

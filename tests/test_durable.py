@@ -171,7 +171,7 @@ def many_small_maps(owner):
 def test_the_reserved_space_is_enough(tmp_path, monkeypatch, layout, content, images, length, name):
     """Many columns, parts or chunks, texts of awkward lengths: HDF5 never takes more than the bound."""
     monkeypatch.setattr(xcli.merge, "Allocated", Watched)
-    items = [Input("p" * (i * 7 % name), f"/{i}", 1, 1, None) for i in range(images)]
+    items = [Input("p" * (1 + i * 7 % name), f"/{i}", 1, 1, None) for i in range(images)]
     start = replace(record(layout=layout, compression="none"), part_length=length)
     with open_store(tmp_path, start, items) as store:
         for number, rows in store.todo():

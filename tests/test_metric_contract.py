@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import metric_contract as contract
 import pytest
@@ -18,6 +19,7 @@ def network():
     return nets.load("shapes-cnn").double().eval()
 
 
+@cache
 def metric_of(name: str) -> Metric:
     cls = metrics()[name]
     return cls(**cls.small)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import textwrap
+import warnings
 import zipfile
 from collections import namedtuple
 from dataclasses import dataclass
@@ -196,7 +197,8 @@ def test_a_whole_pickled_module_is_refused(tmp_path):
 
 
 def scripted(net: nn.Module) -> torch.jit.ScriptModule:
-    with pytest.warns():  # deprecated, but files of it are around
+    with warnings.catch_warnings():  # deprecated in newer versions, but files of it are around
+        warnings.simplefilter("ignore")
         return torch.jit.script(net)
 
 
@@ -516,7 +518,7 @@ def test_a_factory_offers_no_named_weights(here):
 
 def program(net: nn.Module, *, dynamic: bool = True) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
-    return torch.export.export(net, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes)
+    return torch.export.export(net, (torch.randn(2, 3, 32, 32),), dynamic_shapes=shapes, strict=False)
 
 
 def test_exported_programs_take_hooks_and_give_gradients(tmp_path):

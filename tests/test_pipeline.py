@@ -19,6 +19,7 @@ from runs import PREPROCESS, SIDE, photos, picture, plain, same, written
 from store_driver import columns_of
 from torch import Tensor
 
+import xcli.merge
 import xcli.pipeline
 import xcli.plan
 from xcli import open_run
@@ -540,17 +541,18 @@ def test_a_signal_ends_the_run_and_keeps_what_was_done(
 def test_a_signal_while_the_parts_are_joined_waits_until_they_are(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    merge = xcli.pipeline.Store.merge
+    fill = xcli.merge._fill
 
-    def merged(store: Any, **_: Any) -> Path:
+    def filled(*given: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return merge(store)
+        fill(*given)
 
-    monkeypatch.setattr(xcli.pipeline.Store, "merge", merged)
+    monkeypatch.setattr(xcli.merge, "_fill", filled)
     with pytest.raises(Interrupted) as stopped:
         explain(place / "photos", tmp_path / "run")
     assert stopped.value.exit_code == 143
     same(tmp_path / "run", place / "base")
+    assert explain(place / "photos", tmp_path / "run").status == "done"  # what was left over is gone now
     assert explain(place / "photos", tmp_path / "run").status == "already done"
 
 

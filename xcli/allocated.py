@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from xcli.durable import failpoint, write_all
+from xcli.durable import failpoint, new_file, write_all
 
 _UNSUPPORTED = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
@@ -25,7 +25,7 @@ class Allocated(io.RawIOBase):
     def __init__(self, path: Path, size: int) -> None:
         self.error: OSError | None = None
         self._position = self._end = self._reserved = 0
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._descriptor = new_file(path)
         try:
             self._reserve(size)
         except OSError:

@@ -278,7 +278,7 @@ def surveyed(model: nn.Module, images: Tensor, output: str | None) -> Layers:
 def _rows(target: int | Sequence[int] | Tensor | None, logits: Tensor, output: str | None) -> ClassRows:
     count, classes = logits.shape
     if target is None:
-        return resolve([Predicted()], logits, torch.full((count,), -1), output)
+        return resolve([Predicted()], logits, torch.full((count,), -1), output).decided()
     wanted = torch.as_tensor(target, dtype=torch.long, device=logits.device)
     wanted = wanted.expand(count) if wanted.ndim == 0 else wanted
     if wanted.shape != (count,):

@@ -64,7 +64,13 @@ Derive = Callable[..., tuple[Tensor, ...]]
 
 def gradients(picked: Tensor, at: tuple[Tensor, ...], *, again: bool, graph: bool) -> tuple[Tensor, ...]:
     """The gradients of a sum of scores at some tensors; zeros where it does not depend on one."""
-    return torch.autograd.grad(picked, at, retain_graph=again, create_graph=graph, materialize_grads=True)
+    grads = torch.autograd.grad(picked, at, retain_graph=again, create_graph=graph, materialize_grads=True)
+    return _settled(grads, graph)
+
+
+def _settled(grads: Sequence[Tensor], graph: bool) -> tuple[Tensor, ...]:
+    """``grads``, which ask for gradients themselves only with a graph: zeros of PyTorch 2.6 always do."""
+    return tuple(grad if graph else grad.detach() for grad in grads)
 
 
 def curvature(picked: Tensor, at: tuple[Tensor, ...], *, again: bool, graph: bool) -> tuple[Tensor, ...]:
@@ -77,7 +83,7 @@ def curvature(picked: Tensor, at: tuple[Tensor, ...], *, again: bool, graph: boo
             continue
         keep = again or graph or index < len(at) - 1
         products.append(_product(grad, act, act if graph else act.detach(), again=keep, graph=graph))
-    return (*(grad if graph else grad.detach() for grad in grads), *products)
+    return (*_settled(grads, graph), *_settled(products, graph))
 
 
 def _product(grad: Tensor, act: Tensor, held: Tensor, *, again: bool, graph: bool) -> Tensor:

@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from xcli.errors import MemoryExhausted
-from xcli.execution import out_of_memory
+from xcli.execution import numbers_of, out_of_memory
 from xcli.images import Batch, Source
-from xcli.methods.base import FAILED, map_status, reduced, resized
+from xcli.methods.base import FAILED, FLAT, NOT_FINITE, OK, map_status, reduced, resized
 from xcli.models import find_logits
 from xcli.plan import Plan
 from xcli.preprocess import Geometry
 from xcli.render import colour_table, levels, normalise, overlay
 from xcli.score import Score
-from xcli.scoring import measured, truth_of
-from xcli.targets import ClassRows, probabilities, resolve
+from xcli.scoring import measured, only, truth_of
+from xcli.targets import ClassRows, probabilities, resolve, tells
 
 
 @dataclass
@@ -54,6 +54,10 @@ class Result:
         """Note that the image at ``place`` has no ground truth."""
         self.unscored.append((self.images[place], reason))
 
+    def has_map(self, label: str, row: int) -> bool:
+        """Whether the method ``label`` found something to show for a row, once its tensors have arrived."""
+        return int(self.columns[f"status/{label}"][row]) in (OK, FLAT)
+
     def wait(self) -> Result:
         """Return once the copies from the device have arrived."""
         if self.arrived is not None:
@@ -79,7 +83,7 @@ def in_halves(plan: Plan, batch: Batch, work: Callable[[Batch], Result]) -> Iter
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            reason = "out of memory"
+            reason = f"out of memory{numbers_of(error)}"
         except MemoryExhausted as error:
             reason = str(error)
     if len(batch.rows) <= 1:
@@ -87,7 +91,7 @@ def in_halves(plan: Plan, batch: Batch, work: Callable[[Batch], Result]) -> Iter
         yield Result([], failed, [], torch.zeros(0, dtype=torch.long))
         return
     middle = len(batch.rows) // 2
-    plan.execution.micro_batch = middle
+    plan.execution.cut(len(batch.rows), middle)
     for part, failed in ((slice(0, middle), batch.failed), (slice(middle, None), [])):
         half = Batch(batch.rows[part], batch.pixels[part], batch.geometry[part], failed)
         yield from in_halves(plan, half, work)
@@ -116,42 +120,51 @@ def together(plan: Plan, batch: Batch, sources: Sequence[Source]) -> Result:
     rows = selected(resolve(plan.targets, logits, labels, plan.model.output), plan, logits, labels)
     result = Result(list(batch.rows), batch.failed, batch.geometry, rows.image)
     own = logits[rows.image.to(logits.device)]
-    index = rows.target[:, None]
+    index = rows.decided().target[:, None]
+    logit, probability = (found.gather(1, index)[:, 0] for found in (own, probabilities(own)))
+    logit = torch.where(rows.target < 0, own.amax(1), logit)
+    whole = logit.isfinite() & probability.isfinite()
     result.columns = {
         **{f"explanations/{name}": values for name, values in rows.columns().items()},
-        "explanations/score": own.gather(1, index)[:, 0],
-        "explanations/probability": probabilities(own).gather(1, index)[:, 0],
+        "explanations/score": logit,
+        "explanations/probability": probability,
+        "explanations/status": torch.where(whole, OK, NOT_FINITE).to(torch.uint8),
     }
     if len(rows.image):
-        score = plan.score(forward, rows, [sources[row].path for row in batch.rows])
-        add_maps(plan, result, score, x)
+        score = plan.score(forward, rows.decided(), [sources[row].path for row in batch.rows])
+        add_maps(plan, result, score, x, whole)
         add_pictures(plan, result, pixels)
         if plan.scoring.pairs:
             forward.settle()  # the graph has done its work
             seen = [sources[row] for row in batch.rows]
             truth = truth_of(plan, score, seen, batch.geometry, result.lose)
-            result.columns |= measured(plan, score, x, result.maps, truth)
+            result.columns |= measured(plan, score, x, result.maps, truth, whole)
     return result
 
 
 def selected(rows: ClassRows, plan: Plan, logits: Tensor, labels: Tensor) -> ClassRows:
     """The rows of those images that ``images.only`` asks for."""
-    only = plan.config.images.only
-    if only == "all":
+    wanted = plan.config.images.only
+    if wanted == "all":
         return rows
     best = logits.argmax(1).cpu()
-    if only == "correct":
+    if wanted == "correct":
         keep = (best == labels) & (labels >= 0)
-    elif only == "wrong":
+    elif wanted == "wrong":
         keep = (best != labels) & (labels >= 0)
     else:
-        keep = probabilities(logits).amax(1).cpu() < only.probability_below
+        keep = probabilities(logits).amax(1).cpu() < wanted.probability_below
+    keep |= ~tells(logits).cpu()  # it is neither right nor wrong nor sure, and shall be seen
     mine = keep[rows.image]
     return ClassRows(rows.image[mine], rows.target[mine.to(rows.target.device)], rows.output)
 
 
-def add_maps(plan: Plan, result: Result, score: Score, x: Tensor) -> None:
-    """Run the methods, those that use the graph of the first pass first; of one unit they share their passes."""
+def add_maps(plan: Plan, result: Result, score: Score, x: Tensor, whole: Tensor) -> None:
+    """Run the methods, those that use the graph of the first pass first; of one unit they share their passes.
+
+    Args:
+        whole: (N,), whether the row's number is finite; else there is nothing to explain, and its maps are NaN.
+    """
     stored = None if plan.config.output.heatmap.size == "native" else plan.size
     dtype = torch.float16 if plan.config.output.heatmap.dtype == "float16" else torch.float32
     graphs = [spec for spec in plan.methods if plan.uses_graph(spec)]
@@ -160,8 +173,8 @@ def add_maps(plan: Plan, result: Result, score: Score, x: Tensor) -> None:
             score.forward.settle()  # its graph is as large as that of any pass to come
         try:
             found = spec.method.explain(score.scaled(spec.scale), x, stored)
-            maps, status = found.map.detach().to(dtype), map_status(found.map.detach().to(dtype))
-            extras = found.extras
+            maps = only(whole, found.map.detach()).to(dtype)
+            status, extras = map_status(maps), found.extras
         except LinAlgError:  # a decomposition that did not converge: the rows of this method failed
             maps = x.new_full((len(score.image), *plan.shapes[spec.label]), torch.nan, dtype=dtype)
             status = torch.full((len(score.image),), FAILED, dtype=torch.uint8)
@@ -169,7 +182,7 @@ def add_maps(plan: Plan, result: Result, score: Score, x: Tensor) -> None:
         result.maps[spec.label] = maps
         result.columns[f"status/{spec.label}"] = status
         for name, values in extras.items():
-            result.columns[f"extras/{spec.label}/{name}"] = values
+            result.columns[f"extras/{spec.label}/{name}"] = only(whole, values.detach())
     result.maps = {spec.label: result.maps[spec.label] for spec in plan.methods}
 
 

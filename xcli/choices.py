@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xcli import tuning
 from xcli.config import Config
 from xcli.errors import ConfigError, InputError, MemoryExhausted, ModelError
-from xcli.execution import out_of_memory
+from xcli.execution import numbers_of, out_of_memory
 from xcli.images import BadImage, Source, image_size
 from xcli.models import Model, find_logits
 from xcli.preprocess import Preprocess
@@ -38,7 +38,8 @@ def logit_count(model: Model, x: Tensor) -> int:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise MemoryExhausted(
-                f"{model.name} does not fit into memory with one {tuple(x.shape)} input"
+                f"one {tuple(x.shape)} input does not fit into memory{numbers_of(error)}; use a smaller input size or "
+                "another device"
             ) from None
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xcli import scoring
 from xcli.batches import Result
+from xcli.durable import writing
 from xcli.entries import MethodSpec
 from xcli.images import BadImage, Source, read_image
 from xcli.panels import CELL, PanelRow, panel
@@ -91,23 +92,30 @@ class PartBuilder:
             "explanations/target": none,
             "explanations/score": none.astype(np.float32),
             "explanations/probability": none.astype(np.float32),
-            "explanations/status": np.zeros(len(self.owners), np.uint8),
-            "explanations/error": [""] * len(self.owners),
+            "explanations/status": none.astype(np.uint8),
             **{f"status/{spec.label}": none.astype(np.uint8) for spec in self.plan.methods},
             **{
                 f"extras/{label}/{name}": none.astype(np.float32)
                 for label, names in self.plan.extras.items()
                 for name in names
             },
+            **{path: np.zeros((0, *tail), np.float32) for path, tail in self.scored() if not self.owners},
         }
         for name, values in self.columns.items():
             joined = np.concatenate(values)
             real = joined.dtype.kind == "f" or name.startswith("extras/")
             columns[name] = joined.astype(np.float32) if real else joined
+        found = [np.asarray(columns[f"explanations/{name}"]) for name in ("score", "probability")]
+        columns["explanations/error"] = reasons(*found)
         for label in self.maps:
             columns[f"heatmaps/{label}"] = self._column(label)
         maps: dict[str, Attrs] = {f"heatmaps/{s.label}": attributes(self.plan, s) for s in self.plan.methods}
         return Part(columns, {**maps, **scored_attributes(self.plan, columns, truth=not self.truthless)})
+
+    def scored(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The columns of metrics, and the shape of one row of each."""
+        for tails in self.plan.scoring.tails.values():
+            yield from tails.items()
 
     def _column(self, label: str) -> Column:
         shape = self.plan.shapes[label]
@@ -115,6 +123,14 @@ class PartBuilder:
         if self.squeeze:
             return Encoded(tuple(chunk.result() for chunk in self.chunks[label]), shape, dtype)
         return np.concatenate([np.zeros((0, *shape), dtype), *self.maps[label]])
+
+
+def reasons(score: Array, probability: Array) -> list[str]:
+    """Why there is nothing to explain in a row: a number of it that is not finite; empty where both are."""
+    return [
+        "" if np.isfinite([a, b]).all() else f"not finite: the score is {a:g}, its probability {b:g}"
+        for a, b in zip(score, probability, strict=True)
+    ]
 
 
 def attributes(plan: Plan, spec: MethodSpec) -> dict[str, str]:
@@ -184,6 +200,9 @@ class Pictures:
         named: tuple[str, str | None],
     ) -> None:
         for label in (spec.label for spec in self.plan.methods):
+            if not result.has_map(label, row):
+                self._no_picture(label, named)
+                continue
             if "overlay" in self.wanted:
                 path = picture_path(self.root, "overlay", label, *named)
                 if self.on_input:
@@ -195,6 +214,13 @@ class Pictures:
             if "heatmap" in self.wanted:
                 path = picture_path(self.root, "heatmap", label, *named)
                 self.writer.write(path, heatmap_image(result.levels[label][row], self.table))
+
+    def _no_picture(self, label: str, named: tuple[str, str | None]) -> None:
+        """Remove what an earlier run may have left where there is nothing to show."""
+        for kind in ("overlay", "heatmap"):
+            path = picture_path(self.root, kind, label, *named)
+            with writing(path):
+                path.unlink(missing_ok=True)
 
     def _on_original(self, source: int, levels: Tensor, geometry: Geometry) -> Image.Image | None:
         try:
@@ -208,8 +234,12 @@ class Pictures:
 
     def _decoded(self, source: int) -> Image.Image:
         images = self.plan.config.images
+        found = self.sources[source]
         return read_image(
-            self.sources[source].file, max_pixels=images.max_pixels, background=images.background_rgb
+            found.file,
+            max_pixels=images.max_pixels,
+            background=images.background_rgb,
+            listed=found.stamp,
         )
 
     def _panel(
@@ -227,7 +257,7 @@ class Pictures:
                 self._category(int(result.columns["explanations/target"][row])),
                 f"p={float(result.columns['explanations/probability'][row]):.2f}  "
                 f"logit {float(result.columns['explanations/score'][row]):.1f}",
-                [overlays[label][row] for label in labels],
+                [overlays[label][row] if result.has_map(label, row) else None for label in labels],
             )
             for row in rows
         ]
@@ -240,8 +270,10 @@ class Pictures:
 
     def _category(self, target: int) -> str:
         names = self.plan.model.categories
+        if target < 0:
+            return "no class"
         return names[target] if target < len(names) else f"class {target}"
 
     def _suffix(self, target: int) -> str:
         names = self.plan.model.categories
-        return f"{target}-{names[target]}" if target < len(names) else str(target)
+        return f"{target}-{names[target]}" if 0 <= target < len(names) else str(target)

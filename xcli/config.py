@@ -33,6 +33,7 @@ from xcli.sections import (
     TopTarget,
     keys_at,
 )
+from xcli.visible import shown
 from xcli.yamlfile import LARGEST_FILE, KeyPath, read_yaml, write_yaml
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def load_config(
         ConfigError: the file cannot be read.
         InvalidConfigError: every problem of the config and of the options.
     """
-    file = "the built-in config" if path is None else str(path)
+    file = "the built-in config" if path is None else shown(path)
     content = DEFAULT if path is None else _content(Path(path))
     draft = drafted(read_yaml(content, file), file)
     draft.data.setdefault("methods", ["gradcam"])
@@ -293,26 +294,26 @@ def _content(path: Path) -> bytes:
     """The bytes of a config file. Raises ConfigError saying what else there is."""
     if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"):
         raise ConfigError(
-            f"{path} is an image; images are given by --input: xai explain CONFIG --input {path}"
+            f"{shown(path)} is an image; images are given by --input: xai explain CONFIG --input {shown(path)}"
         )
     if path.is_dir():
         raise ConfigError(
-            f"{path} is a folder; name one of its configs: {_configs_in(path) or 'it has none'}"
+            f"{shown(path)} is a folder; name one of its configs: {_configs_in(path) or 'it has none'}"
         )
     if not path.exists():
         folder = path.parent
-        close = nearest(path.name, [found.name for found in _yaml_files(folder)])
+        close = nearest(path.name, [shown(found.name) for found in _yaml_files(folder)])
         others = _configs_in(folder)
-        there = f"; {folder} has {others}" if others else ""
-        raise ConfigError(f"there is no config {path}{there}{close}")
+        there = f"; {shown(folder)} has {others}" if others else ""
+        raise ConfigError(f"there is no config {shown(path)}{there}{close}")
     if not path.is_file():
-        raise ConfigError(f"{path} is not a regular file")
+        raise ConfigError(f"{shown(path)} is not a regular file")
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise ConfigError(f"{path}: larger than {LARGEST_FILE >> 20} MiB; this is not a config")
+            raise ConfigError(f"{shown(path)}: larger than {LARGEST_FILE >> 20} MiB; this is not a config")
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{shown(path)} cannot be read: {error.strerror}") from error
 
 
 def _yaml_files(folder: Path) -> list[Path]:
@@ -323,5 +324,5 @@ def _yaml_files(folder: Path) -> list[Path]:
 
 
 def _configs_in(folder: Path) -> str:
-    names = [found.name for found in _yaml_files(folder)]
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    names = [shown(found.name) for found in _yaml_files(folder)]
+    return ", ".join(map(shown, names[:10])) + (", ..." if len(names) > 10 else "")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
-import os
-import stat
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin, _imaging
 from PIL.ImageFile import ImageFile
 
+from xcli.contents import BadImage, Stamp, contents
+
 MAX_PIXELS = 89_478_485
+LARGEST_EXIF = 8 << 20
 Colour = tuple[int, int, int]
 
 # Formats are named so that a file can never start another reader of Pillow's (EPS runs Ghostscript), and loaded here
@@ -28,8 +30,12 @@ _FORMATS: list[str] = [
 ]
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+with suppress(
+    AttributeError, OSError
+):  # where libtiff is a library of its own, it writes to the terminal from C
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
-# What Pillow raises on damaged files, found by fuzzing (tests/test_images.py); only its own calls are guarded.
+# What Pillow raises on damaged files, found by fuzzing (tests/unattended); only its own calls are guarded.
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
@@ -50,10 +56,6 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-class BadImage(ValueError):
-    """One file that cannot be explained; the message is a short reason without the file's name."""
-
-
 class Decoded(NamedTuple):
     """An upright RGB image; ``original`` is its full (H, W), ``box`` where the picture lies if decoded smaller."""
 
@@ -68,17 +70,23 @@ def read_image(
     max_pixels: int = MAX_PIXELS,
     background: Colour = (255, 255, 255),
     draft_to: tuple[int, int] | None = None,
+    listed: Stamp | None = None,
 ) -> Image.Image:
     """Decode one file into an upright RGB image; see `decode`.
 
     Raises:
         BadImage: with a short reason.
     """
-    return decode(file, max_pixels=max_pixels, background=background, draft_to=draft_to).image
+    return decode(file, max_pixels=max_pixels, background=background, draft_to=draft_to, listed=listed).image
 
 
 def decode(
-    file: str, *, max_pixels: int, background: Colour, draft_to: tuple[int, int] | None = None
+    file: str,
+    *,
+    max_pixels: int,
+    background: Colour,
+    draft_to: tuple[int, int] | None = None,
+    listed: Stamp | None = None,
 ) -> Decoded:
     """Decode one file into an upright RGB image.
 
@@ -90,11 +98,12 @@ def decode(
             ``PIL.Image.MAX_IMAGE_PIXELS``, holds as well.
         draft_to: (H, W) that the image will be resized to: JPEGs are decoded at 1/2, 1/4 or 1/8 as long as twice
             that size is left.
+        listed: what the file was when the run's list was made; None: whatever it is now is right.
     Raises:
-        BadImage: missing, no permission, not a file, empty, not an image, truncated, damaged, too many pixels, or a
-            mode that has no 8-bit range (F, wide I).
+        BadImage: missing, no permission, not a file, empty, changed, not an image, truncated, damaged, too large, or
+            a mode that has no 8-bit range (F, wide I).
     """
-    with _opened(file, max_pixels) as stored:
+    with _opened(file, max_pixels, listed) as stored:
         width, height = stored.size
         box = None
         if draft_to is not None and stored.format in ("JPEG", "MPO"):
@@ -141,22 +150,14 @@ def image_size(file: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(file: str, max_pixels: int) -> Iterator[ImageFile]:
+def _opened(file: str, max_pixels: int, listed: Stamp | None = None) -> Iterator[ImageFile]:
     """Pillow's image, its size checked, not decoded yet; what a bad file raises in the block becomes BadImage."""
     try:
-        # a FIFO must not block; the kernel ignores the flag for regular files
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as data:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("not a file")
-            if status.st_size == 0:
-                raise BadImage("empty file")
-            with Image.open(data, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise BadImage(f"too many pixels ({width}x{height} > {max_pixels})")
-                yield image
+        with contents(file, max_pixels, listed) as data, Image.open(data, formats=_FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImage(f"too many pixels ({width}x{height} > {max_pixels})")
+            yield image
     except BadImage:
         raise
     except _DAMAGE as error:
@@ -188,8 +189,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _orientation(stored: ImageFile) -> int:
-    """EXIF orientation 1..8; 1 where the metadata is damaged, for the picture need not be."""
+    """EXIF orientation 1..8; 1 where the metadata is damaged or huge, for the picture need not be."""
     try:
+        if len(stored.info.get("exif", b"")) > LARGEST_EXIF:
+            return 1
         return int(stored.getexif().get(ExifTags.Base.Orientation, 1))
     except _DAMAGE:
         return 1

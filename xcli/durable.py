@@ -13,13 +13,14 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from xcli.errors import OutputLocked, OutputUnwritable
+from xcli.visible import shown as shown
 
 _passes: Counter[str] = Counter()
 
@@ -42,6 +43,7 @@ def failpoint(name: str) -> None:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 _IN_THE_WAY = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def unwritable(path: Path, error: OSError, needed: int = 0) -> OutputUnwritable:
@@ -53,18 +55,17 @@ def unwritable(path: Path, error: OSError, needed: int = 0) -> OutputUnwritable:
         remedy = f"{room} (or raise the quota), then run the same command to go on; finished parts are kept"
     elif error.errno in _FORBIDDEN:
         remedy = "make it writable or choose another output.path"
+    elif error.errno == errno.ELOOP:
+        remedy = "nothing is written through a link inside an output folder: remove it"
     elif error.errno in _IN_THE_WAY:
         remedy = (
             "a file is where a folder should be (or the reverse): move it away or choose another output.path"
         )
+    elif error.errno in _NO_LOCKS and path.suffix == ".lock":
+        remedy = "this file system has no locks, without which two runs could mix: choose another output.path"
     else:
         remedy = "check the disk, then run the same command to go on"
     return OutputUnwritable(f"cannot write {shown(path)}: {error.strerror or error}; {remedy}")
-
-
-def shown(path: Path | str) -> str:
-    """``path`` as text that any terminal and any UTF-8 file can take."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextmanager
@@ -87,6 +88,22 @@ def make_folder(path: Path) -> None:
             sync_folder(path.parent)
 
 
+def refuse_links(root: Path, names: Iterable[str]) -> None:
+    """Raise ``OutputUnwritable`` where something of these names in ``root`` is a link: somebody else may have put it
+    there, and what is written through it, or removed, lies elsewhere. ``root`` itself may be one."""
+    for name in names:
+        if (path := root / name).is_symlink():
+            raise linked(path)
+
+
+def linked(path: Path) -> OutputUnwritable:
+    """The error to raise for the link ``path`` inside an output folder."""
+    return OutputUnwritable(
+        f"{shown(path)} is a link, and nothing is written through a link inside an output folder; remove it, or make "
+        "the whole output folder a link"
+    )
+
+
 def sync_folder(path: Path) -> None:
     """Put the names in ``path`` on disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -104,6 +121,12 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
+def new_file(path: Path) -> int:
+    """A descriptor of the new file ``path``; what had its name before, be it a link or a FIFO, is gone."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
 def write_file(path: Path, data: bytes | memoryview, tmp: Path, point: str) -> None:
     """Replace ``path`` by ``data`` in one step: written to ``tmp`` beside it, synced, renamed.
 
@@ -113,7 +136,7 @@ def write_file(path: Path, data: bytes | memoryview, tmp: Path, point: str) -> N
     half = len(view) // 2
     failpoint(f"{point}-start")
     with writing(path, needed=len(view)), removed_on_error(tmp):
-        descriptor = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = new_file(tmp)
         try:
             write_all(descriptor, view[:half], 0)
             failpoint(f"{point}-half")
@@ -160,7 +183,7 @@ def locked(path: Path, wait: float | None = 0.0) -> Iterator[None]:
     """
     make_folder(path.parent)
     with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         with writing(path):
             _acquire(descriptor, path, wait)
@@ -197,16 +220,17 @@ def _sign(descriptor: int) -> None:
 
 def is_held(path: Path) -> bool:
     """Whether some process holds the lock ``path``."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
+    with writing(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
     return False
 
 
@@ -214,7 +238,7 @@ def held_by_another(path: Path) -> OutputLocked:
     """The error to raise for the held lock ``path``."""
     try:
         holder = json.loads(path.read_bytes())
-        who = f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+        who = shown(f"process {holder['pid']} on {holder['host']}, started {holder['started']}")
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"
     folder = shown(path.parent.parent)

@@ -20,18 +20,21 @@ import torch
 from torch import Tensor
 
 from xcli.batches import Result, in_halves, sent
+from xcli.breadcrumbs import breadcrumbs
 from xcli.collect import scored_attributes
 from xcli.config import Config
-from xcli.durable import locked, shown
+from xcli.durable import locked, refuse_links, shown
 from xcli.errors import ConfigError, InputError
 from xcli.forward import Forward
 from xcli.images import Batch, Source
 from xcli.merge import EVALUATION_LOCK, LOCKS, current_layout
+from xcli.methods.base import OK
 from xcli.parts import Array, Part
-from xcli.pipeline import aligned, results
+from xcli.pipeline import aligned, decoding, results, warn
 from xcli.plan import Plan, prepared
 from xcli.progress import Reporter
-from xcli.record import RESULTS, Saved, load
+from xcli.provenance import other_versions
+from xcli.record import PARTS, RESULTS, Saved, load
 from xcli.results import RunResults, open_run
 from xcli.scoreparts import Work, tidy
 from xcli.scoring import Pair, all_pairs, identity, measured, truth_of
@@ -62,27 +65,29 @@ def evaluate_run(root: Path, config: Config, progress: Reporter) -> Evaluated:
         OutputLocked, OutputUnwritable, Interrupted: as for an explaining run.
     """
     began = time.monotonic()
+    refuse_links(root, (PARTS, LOCKS))
     saved = finished(root)
     todo = missing(root, config)
     if not todo:
         tidy(root)
         return Evaluated(0, 0, {}, 0.0)
-    with interruptible() as signals, locked(root / LOCKS / EVALUATION_LOCK):
+    with interruptible(), locked(root / LOCKS / EVALUATION_LOCK):
         if not (todo := missing(root, config)):  # another process was faster
             return Evaluated(0, 0, {}, 0.0)
         needed = {label for label, _ in todo}
         config = replace(config, methods=tuple(spec for spec in config.methods if spec.label in needed))
-        with prepared(config, saved.inputs, saved.record.resolved, todo) as plan:
-            if plan.weights_sha256 != saved.record.attrs["weights_sha256"]:
+        with prepared(config, saved.inputs, saved.record.choices(), todo) as plan:
+            if plan.weights_sha256 != saved.record.attrs.get("weights_sha256"):
                 raise ConfigError(
                     f"the weights of {plan.model.name} have changed since the run in {shown(root)} was made; "
                     "put the old ones back, or explain again with --fresh"
                 )
+            if changed := other_versions(saved.record.attrs):
+                LOG.warning("the maps were made by other versions: %s", ", ".join(changed))
             work = Work.open(root, saved, plan)
             images, failed = score_parts(plan, work, progress)
-        progress.say(f"writing {root / RESULTS}")
-        with signals.deferred():
-            work.join(todo)
+        LOG.info("writing %s", root / RESULTS)
+        work.join(todo)
     return Evaluated(len(todo), images, failed, time.monotonic() - began)
 
 
@@ -117,8 +122,11 @@ class Stored:
 
     def __init__(self, run: RunResults) -> None:
         self.run = run
-        self.image: Array = np.asarray(run.explanations["image"])
-        self.target: Array = np.asarray(run.explanations["target"])
+        self.image: Array = run.explanations["image"].astype(np.int64)
+        self.whole: Array = np.asarray(run.explanations["status"]) == OK
+        self.target: Array = run.explanations["target"].astype(np.int64)
+        if (np.diff(self.image) < 0).any():
+            raise InputError(f"the rows of {shown(run.path)} are not in the order of their images")
 
     def rows(self, images: Sequence[int]) -> tuple[Array, Array]:
         """The explanations of ``images`` (ascending): their rows, and the place of each one's image."""
@@ -140,22 +148,29 @@ def score_parts(plan: Plan, work: Work, progress: Reporter) -> tuple[int, dict[s
     workers = plan.config.runtime.workers
     threads = min(8, os.cpu_count() or 1) if workers == "auto" else workers
     pairs = len(plan.scoring.pairs)
-    progress.say(f"scoring {pairs} pairs of method and metric on {plan.device}, batches of {plan.batch_size}")
+    LOG.info("scoring %d pairs of method and metric on %s", pairs, plan.device)
+    LOG.debug("batches of %d", plan.batch_size)
     with open_run(work.root) as run, progress:
         stored = Stored(run)
+        refuse_other_maps(stored, plan)
         owners = np.unique(stored.image)
         own = [owners[np.searchsorted(owners, p.images.start) : np.searchsorted(owners, p.images.stop)].tolist()
                for p in left]  # fmt: skip
         progress.start(len(owners), len(owners) - sum(map(len, own)), "scoring")
         runs = aligned(own, plan.batch_size)
-        with closing(results(plan, inputs, runs, threads, partial(rescored, stored))) as found:
+        with (
+            breadcrumbs(work.root / LOCKS, Path(EVALUATION_LOCK).stem, inputs, decoding(plan)) as crumbs,
+            closing(results(plan, inputs, runs, threads, partial(rescored, stored), crumbs)) as found,
+        ):
             for piece, images in zip(left, own, strict=True):
                 builder = Builder(plan, stored, stored.span(piece.images))
                 seen = 0
                 while seen < len(images):
                     result = next(found).wait()
                     builder.add(result)
-                    failed |= {inputs[row].path: reason for row, reason in (*result.failed, *result.unscored)}
+                    lost = (*result.failed, *result.unscored)
+                    warn(inputs, lost, len(failed))
+                    failed |= {inputs[row].path: reason for row, reason in lost}
                     seen += len(result.images) + len(result.failed)
                     progress.advance(len(result.images) + len(result.failed), len(result.failed))
                 refuse_to_lose_all(work.root, len(owners), failed)
@@ -175,36 +190,47 @@ def refuse_to_lose_all(root: Path, count: int, failed: Mapping[str, str]) -> Non
 
 def rescored(stored: Stored, plan: Plan, batch: Batch, sources: Sequence[Source]) -> Iterator[Result]:
     """The scores of a batch of images whose maps are stored; in halves where memory does not suffice."""
-    changed = [(row, reason) for row in batch.rows if (reason := change_of(sources[row]))]
-    batch = batch.without(changed)
     return in_halves(plan, batch, partial(scored_again, plan, stored, sources))
-
-
-def change_of(source: Source) -> str:
-    """Why a file is not the one that was explained; empty where it is."""
-    try:
-        now = Path(source.file).stat()
-    except OSError as error:
-        return f"cannot be read any more: {error.strerror}"
-    same = (now.st_size, now.st_mtime_ns) == (source.size, source.mtime_ns)
-    return "" if same else "has changed since it was explained"
 
 
 def scored_again(plan: Plan, stored: Stored, sources: Sequence[Source], batch: Batch) -> Result:
     """One forward pass for the scores of the images themselves, then each metric."""
     rows, place = stored.rows(batch.rows)
     x = plan.to_input(batch.pixels.to(plan.device, non_blocking=True))
-    target = torch.from_numpy(stored.target[rows]).to(plan.device)
-    own = ClassRows(torch.from_numpy(place), target, plan.model.output)
+    target, whole = (torch.from_numpy(column[rows]) for column in (stored.target, stored.whole))
+    own = ClassRows(torch.from_numpy(place), target.to(plan.device), plan.model.output).decided()
     forward = Forward(plan.model.module, x, (), plan.execution)
+    refuse_unknown_classes(stored, rows, own.logits(forward.outputs[0]).shape[1] if forward.outputs else 0)
     seen = [sources[row] for row in batch.rows]
     score = plan.score(forward, own, [source.path for source in seen])
     names = dict.fromkeys(label for label, _ in plan.scoring.pairs if label in stored.run.names)
     maps = {name: read(stored, name, rows).to(plan.device) for name in names}
     result = Result(list(batch.rows), batch.failed, batch.geometry, torch.from_numpy(rows))
     truth = truth_of(plan, score, seen, batch.geometry, result.lose)
-    result.columns = measured(plan, score, x, maps, truth)
+    result.columns = measured(plan, score, x, maps, truth, whole)
     return sent(plan, result)
+
+
+def refuse_unknown_classes(stored: Stored, rows: Array, classes: int) -> None:
+    """Raise ``InputError`` where a row is about a class that the model has not."""
+    targets, least = stored.target[rows], np.where(stored.whole[rows], 0, -1)  # -1: none could be told
+    wrong = targets[(targets < least) | (targets >= classes)]
+    if wrong.size:
+        raise InputError(
+            f"{shown(stored.run.path)} explains class {wrong[0]}, but the model has {classes} classes: "
+            "these are not its results; explain again with --fresh"
+        )
+
+
+def refuse_other_maps(stored: Stored, plan: Plan) -> None:
+    """Raise ``InputError`` where maps have another shape than the record of the run says."""
+    for label in dict.fromkeys(label for label, _ in plan.scoring.pairs if label in stored.run.names):
+        found, said = stored.run.shape(label), plan.shapes.get(label)
+        if said is not None and found != said:
+            raise InputError(
+                f"the maps {label} in {shown(stored.run.path)} are {found}, by the record of the run {said}: "
+                "these are not its results; explain again with --fresh"
+            )
 
 
 def read(stored: Stored, name: str, rows: Array) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,12 +20,15 @@ class Execution:
     """How forward passes run: at most ``micro_batch`` inputs at once, optionally in a lower ``precision``.
 
     Shared by all scores of a run: a micro-batch that did not fit is halved once and for all, and where the graphs of
-    a whole batch did not fit together, none is kept any more (``keep_graphs``).
+    a whole batch did not fit together, none is kept any more (``keep_graphs``). ``cuts`` has the number of inputs after
+    each that was too many, ``refusal`` what the allocator said last.
     """
 
     micro_batch: int = 64
     precision: torch.dtype | None = None
     keep_graphs: bool = True
+    cuts: dict[int, int] = field(default_factory=dict, repr=False)
+    refusal: str = ""
     parts: dict[int, Execution] = field(default_factory=dict, repr=False)
 
     def part(self, inputs: Tensor) -> Execution:
@@ -35,7 +40,7 @@ class Execution:
         size = max(1, inputs[0].numel() * inputs.element_size())
         budget = 2**24 if inputs.device.type == "cpu" else 2**29
         more = max(self.micro_batch, budget // size)
-        return self.parts.setdefault(size, replace(self, micro_batch=more, parts={}))
+        return self.parts.setdefault(size, replace(self, micro_batch=more, cuts={}, parts={}))
 
     def run(self, module: Callable[..., Any], *inputs: Tensor) -> Any:
         """``module(*inputs)``, under autocast where a precision is set."""
@@ -75,6 +80,7 @@ class Execution:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            self.refusal = numbers_of(error)
         return None
 
     def halve(self, size: int) -> None:
@@ -83,9 +89,20 @@ class Execution:
             torch.cuda.empty_cache()
         if size <= 1:
             raise MemoryExhausted(
-                "out of memory with a single input; use a smaller input size or another device"
+                f"out of memory with a single input{self.refusal}; use a smaller input size or another device"
             )
-        self.micro_batch = max(1, size // 2)
+        self.cut(size, size // 2)
+
+    def cut(self, size: int, to: int) -> None:
+        """Go on with at most ``to`` inputs at once, as ``size`` were too many."""
+        self.micro_batch = self.cuts[size] = to
+
+    @property
+    def halved(self) -> tuple[int, int] | None:
+        """How many inputs at once were too many at first, and how many are not; of a part, where the whole fits."""
+        if self.cuts:
+            return max(self.cuts), min(self.cuts.values())
+        return max((part.halved for part in self.parts.values() if part.halved is not None), default=None)
 
 
 class _Joined:
@@ -124,6 +141,38 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Whether ``error`` is an allocator saying no, on any device."""
     said = str(error)
     return isinstance(error, torch.OutOfMemoryError) or any(sign in said for sign in _REFUSALS)
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Name ``what`` where memory runs out inside the block. Raises ``MemoryExhausted``."""
+    try:
+        yield
+    except MemoryExhausted as error:
+        raise MemoryExhausted(f"{what}: {error}") from None
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryExhausted(
+            f"{what}: out of memory{numbers_of(error)}; use a smaller input size or another device"
+        ) from None
+
+
+_AMOUNTS = (
+    (r"[Tt]ried to allocate ([\d.]+) ?([KMGT]i?B|bytes)", "{} more were asked for"),
+    (r"of which ([\d.]+) ([KMGT]i?B|bytes) is free", "{} are free"),
+    (r"total capacity of ([\d.]+) ([KMGT]i?B|bytes)", "of {} in all"),
+)
+_UNITS = {"bytes": 1e-6, "KiB": 1024e-6, "MiB": 1.048576, "GiB": 1073.741824, "TiB": 1099511.627776}
+
+
+def numbers_of(error: RuntimeError) -> str:
+    """`` (2147 MB more were asked for, 61 MB are free, of 8000 MB in all)``, as far as ``error`` says."""
+    said = []
+    for pattern, text in _AMOUNTS:
+        if found := re.search(pattern, str(error)):
+            said.append(text.format(f"{float(found[1]) * _UNITS.get(found[2], 1.0):.0f} MB"))
+    return f" ({', '.join(said)})" if said else ""
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -61,9 +61,11 @@ class Gate:
     reference: bool
 
     def holds(self, value: float, bound: float) -> bool:
-        """Whether ``value`` keeps to ``bound``, both taken to float32, as results.h5 has its numbers."""
+        """Whether ``value`` keeps to ``bound``, both taken to float32, as results.h5 has its numbers; never where one
+        is not finite."""
         with np.errstate(over="ignore"):
-            return bool(OPERATORS[self.op](np.float32(value), np.float32(bound)))
+            kept = bool(OPERATORS[self.op](np.float32(value), np.float32(bound)))
+        return kept and math.isfinite(value) and math.isfinite(bound)
 
     @property
     def wanted(self) -> str:
@@ -168,6 +170,7 @@ class Verdict:
         bound: what the value must keep to; with a reference that run's value and the gate's number.
         reference: that run's value; ``None`` where there is none.
         unpaired: rows of either run that the other lacks.
+        broken: rows, of either run, in which what is explained, the map or the number is not finite: none may be.
     """
 
     gate: Gate
@@ -182,6 +185,7 @@ class Verdict:
     passed: bool
     reference: float | None = None
     unpaired: int = 0
+    broken: int = 0
 
     @property
     def name(self) -> str:
@@ -193,6 +197,10 @@ class Verdict:
 
     def _found(self) -> str:
         statistic, op, digits = self.gate.statistic, self.gate.op, self._digits()
+        if self.broken:
+            rows = f"{self.broken} row{'s'[: self.broken > 1]}"
+            either = "" if self.reference is None else ", here or in the reference"
+            return f"a score, map or value is not finite in {rows}{either}; wanted {statistic} {op} {self.gate.wanted}"
         if math.isnan(self.value) or math.isnan(self.bound):
             of = f"in {self.rows} rows" if self.rows else "at all"
             return f"no value is defined {of}; wanted {statistic} {op} {self.gate.wanted}"
@@ -229,7 +237,7 @@ class Verdict:
             "gate": self.gate.text, "method": self.method, "metric": self.metric,
             "statistic": self.gate.statistic, "value": self.value, "low": self.low, "high": self.high,
             "n": self.n, "rows": self.rows, "op": self.gate.op, "bound": self.bound, "passed": self.passed,
-            "reference": self.reference, "unpaired": self.unpaired,
+            "reference": self.reference, "unpaired": self.unpaired, "broken": self.broken,
         }  # fmt: skip
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in told.items()}
 
@@ -264,21 +272,38 @@ def judge(gate: Gate, scores: ScoreTable, reference: ScoreTable | None = None) -
     for pair in pairs:
         first, second = _columns(gate, (scores, reference), *pair)
         both = (None if first is None else first.take(mine), second.take(theirs))
-        verdicts.append(_against(gate, both, scores.image[mine], unpaired, pair))
+        broken = _broken(first) + _broken(both[1])  # a row without a class is in no other run, and counts
+        verdicts.append(_against(gate, both, scores.image[mine], (unpaired, broken), pair))
     return verdicts
 
 
 def _judged(gate: Gate, scores: ScoreTable, method: str, metric: str) -> Verdict:
     column = scores.columns.get((method, metric))
+    broken = _broken(column)
     if column is None or column.values is None:
         value = _scalar(column)
-        passed = gate.holds(value, gate.bound)
-        return Verdict(gate, method, metric, value, NAN, NAN, 0, 0, gate.bound, passed)
+        passed = gate.holds(value, gate.bound) and not broken
+        return Verdict(gate, method, metric, value, NAN, NAN, 0, 0, gate.bound, passed, broken=broken)
     found, rows = estimate(column.values, scores.image, gate.statistic), len(scores.image)
-    passed = gate.holds(found.value, gate.bound)
+    passed = gate.holds(found.value, gate.bound) and not broken
     return Verdict(
-        gate, method, metric, found.value, found.low, found.high, found.n, rows, gate.bound, passed
+        gate,
+        method,
+        metric,
+        found.value,
+        found.low,
+        found.high,
+        found.n,
+        rows,
+        gate.bound,
+        passed,
+        broken=broken,
     )
+
+
+def _broken(column: Column | None) -> int:
+    """In how many rows something is not finite."""
+    return 0 if column is None or column.wrong is None else int(column.wrong.sum())
 
 
 def _scalar(column: Column | None) -> float:
@@ -287,21 +312,28 @@ def _scalar(column: Column | None) -> float:
 
 
 def _against(
-    gate: Gate, columns: tuple[Column | None, Column], image: Indices, unpaired: int, pair: tuple[str, str]
+    gate: Gate,
+    columns: tuple[Column | None, Column],
+    image: Indices,
+    left_out: tuple[int, int],
+    pair: tuple[str, str],
 ) -> Verdict:
-    """The verdict of columns over the same rows, this run's and the reference's."""
+    """The verdict of columns over the same rows, this run's and the reference's, and how many rows are unpaired, how
+    many broken."""
     mine, theirs = columns
     if mine is None or mine.values is None or theirs.values is None:
         value, other, change = _scalar(mine), _scalar(theirs), None
     else:
         a, b = (np.asarray(values, np.float64) for values in (mine.values, theirs.values))
-        change = estimate(a - b, image)
-        value, other = (statistic(values[~np.isnan(a - b)], gate.statistic) for values in (a, b))
+        with np.errstate(invalid="ignore"):  # between infinite values
+            difference = a - b
+        change = estimate(difference, image)
+        value, other = (statistic(values[~np.isnan(difference)], gate.statistic) for values in (a, b))
     bound = other + gate.bound
     low, high = (change.low, change.high) if change and gate.statistic == MEAN else (NAN, NAN)
     n, rows = (change.n, len(image)) if change else (0, 0)
-    passed = gate.holds(value, bound)
-    return Verdict(gate, *pair, value, low, high, n, rows, bound, passed, other, unpaired)
+    passed = gate.holds(value, bound) and not left_out[1]
+    return Verdict(gate, *pair, value, low, high, n, rows, bound, passed, other, *left_out)
 
 
 def _columns(

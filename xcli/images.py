@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from xcli.decode import MAX_PIXELS, BadImage, Colour, decode, image_size, read_image
+from xcli.contents import BadImage
+from xcli.decode import MAX_PIXELS, Colour, decode, image_size, read_image
 from xcli.inputs import SUFFIXES, Labels, Source, find_images
 from xcli.preprocess import Geometry, Preprocess, Size
 
@@ -72,7 +73,20 @@ class Batch:
         )
 
 
-class _Loaded(NamedTuple):
+class Noting(Protocol):
+    """Keeps track of what is being decoded (``breadcrumbs``)."""
+
+    @property
+    def refused(self) -> Mapping[int, str]:
+        """Rows that are not to be decoded, and why."""
+
+    def reading(self, row: int) -> AbstractContextManager[None]:
+        """Around the decoding of a row, in any thread."""
+
+
+class Loaded(NamedTuple):
+    """The input made of one image."""
+
     pixels: npt.NDArray[np.uint8]  # (3, H, W)
     geometry: Geometry
     original: Image.Image | None
@@ -91,6 +105,7 @@ def stream(
     draft: bool = True,
     keep_original: bool = False,
     pin: bool = False,
+    noting: Noting | None = None,
 ) -> Generator[Batch, None, None]:
     """Batches of model inputs, in the order of ``rows``; close the generator to stop early, no thread outlives it.
 
@@ -105,40 +120,52 @@ def stream(
         draft: decode large JPEGs at a lower resolution that is still twice the resized one.
         keep_original: hand out the decoded images too, never drafted.
         pin: put pixels in page-locked memory, for asynchronous copies to a GPU; ignored without one.
+        noting: is told what is being decoded, and knows what must not be.
+    A file that is not any more what the list says (size, time of change) fails, too.
+
     Raises:
         ConfigError: ``size`` is not what the preprocessing gives.
     """
     fixed = preprocess.with_size(size)
 
-    def load(row: int) -> _Loaded | str:
+    def loaded(row: int) -> Loaded | str:
+        if noting is not None and row in noting.refused:
+            return noting.refused[row]
         try:
-            return _load(sources[row].file, fixed, background, max_pixels, draft, keep_original)
+            with nullcontext() if noting is None else noting.reading(row):
+                return load(sources[row], fixed, background, max_pixels, draft, keep_original)
         except BadImage as error:
             return str(error)  # not the exception: its traceback would keep the pixels alive
 
-    return _batched(_in_order(load, rows, workers, ahead=batch_size + 2 * workers), batch_size, size, pin)
+    return _batched(_in_order(loaded, rows, workers, ahead=batch_size + 2 * workers), batch_size, size, pin)
 
 
 def _batched(
-    loaded: Generator[tuple[int, _Loaded | str], None, None], batch_size: int, size: Size, pin: bool
+    loaded: Generator[tuple[int, Loaded | str], None, None], batch_size: int, size: Size, pin: bool
 ) -> Generator[Batch, None, None]:
     with closing(loaded):
         while chunk := list(islice(loaded, batch_size)):
             yield _collate(chunk, size, pin)
 
 
-def _load(
-    file: str, preprocess: Preprocess, background: Colour, max_pixels: int, draft: bool, keep_original: bool
-) -> _Loaded:
+def load(
+    source: Source,
+    preprocess: Preprocess,
+    background: Colour,
+    max_pixels: int,
+    draft: bool,
+    keep_original: bool = False,
+) -> Loaded:
+    """Decode one image and make the model's input of it. Raises ``BadImage``."""
     target = preprocess.draft_size if draft and not keep_original else None
-    image, original, box = decode(file, max_pixels=max_pixels, background=background, draft_to=target)
+    image, original, box = decode(
+        source.file, max_pixels=max_pixels, background=background, draft_to=target, listed=source.stamp
+    )
     height, width = preprocess.resized(original[1], original[0])
     if height * width > max(max_pixels, MAX_PIXELS):  # a thin strip whose short side is enlarged
         raise BadImage(f"too many pixels once resized ({width}x{height})")
     pixels, geometry = preprocess.apply(image, original=original, box=box)
-    return _Loaded(
-        np.ascontiguousarray(pixels.transpose(2, 0, 1)), geometry, image if keep_original else None
-    )
+    return Loaded(np.ascontiguousarray(pixels.transpose(2, 0, 1)), geometry, image if keep_original else None)
 
 
 def _in_order(
@@ -164,7 +191,7 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _collate(chunk: Sequence[tuple[int, _Loaded | str]], size: Size, pin: bool) -> Batch:
+def _collate(chunk: Sequence[tuple[int, Loaded | str]], size: Size, pin: bool) -> Batch:
     import torch
 
     good = [(row, loaded) for row, loaded in chunk if not isinstance(loaded, str)]

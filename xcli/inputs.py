@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
+from xcli.contents import Stamp
 from xcli.errors import InputError
 
 Labels = Literal["none", "folder", "manifest"]
@@ -39,6 +41,11 @@ class Source:
     mtime_ns: int
     label: str | None
 
+    @property
+    def stamp(self) -> Stamp:
+        """What the file must still be when it is read."""
+        return Stamp(self.size, self.mtime_ns)
+
 
 class _Found(NamedTuple):
     """A file as an input names it: ``shown`` below that input; ``label`` as the manifest gives it."""
@@ -61,7 +68,8 @@ def find_images(
     """The list of images that some inputs name, without opening one.
 
     Args:
-        paths: folders (recursive; hidden entries and the results of runs skipped, links to folders not followed),
+        paths: folders (recursive; hidden entries and the results of runs skipped, links to folders not followed; what
+            is named like an image and is none, such as a FIFO or a dangling link, is listed and fails later),
             files of any suffix, globs (``**`` is any depth), .txt (a path a line; empty lines and lines with #
             skipped), .csv or .tsv manifests (path and perhaps label, with or without a header), or "-": a path a line
             on standard input. Listed paths are relative to the current directory, else to the manifest; a missing one
@@ -150,7 +158,7 @@ def _input(path: str, stdin: TextIO, *, alone: bool) -> _Input:
     here = Path(path)
     if here.is_dir():
         name = Path(os.path.normpath(Path.cwd() / here)).name
-        return _Input(name, (_Found(shown, e.path, None, e.stat()) for shown, e in _walk(path)))
+        return _Input(name, (_Found(shown, e.path, None, _status(e)) for shown, e in _walk(path)))
     if here.is_file():
         if here.suffix.lower() in (".csv", ".tsv"):
             rows, labelled = _table(here)
@@ -166,23 +174,32 @@ def _input(path: str, stdin: TextIO, *, alone: bool) -> _Input:
 
 
 def _walk(root: str, depth: int | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The images below a folder with their relative paths: regular files, nothing hidden, no link to a folder."""
-    waiting = [(root, "")]
+    """What is named like an image below a folder, with its relative path; nothing hidden, no run's output.
+
+    That may be a file, or what cannot be read as one: a FIFO, a device, a link that leads nowhere or to a folder. A
+    folder is walked whatever its name, and listed only where it is named like an image and holds nothing.
+    """
+    waiting: list[tuple[str, str, os.DirEntry[str] | None]] = [(root, "", None)]
     while waiting:
-        folder, shown = waiting.pop()
+        folder, shown, itself = waiting.pop()
         with os.scandir(folder) as found:
             entries = list(found)
-            if {entry.name for entry in entries} >= _RUN:  # an output directory: its overlays are no input
+        if {entry.name for entry in entries} >= _RUN:  # an output directory: its overlays are no input
+            continue
+        empty = True
+        for entry in entries:
+            if entry.name.startswith("."):
                 continue
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                here = f"{shown}{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
-                    if depth is None or here.count("/") + 1 < depth:
-                        waiting.append((entry.path, f"{here}/"))
-                elif _suffix(entry.name) in SUFFIXES and _is_file(entry):
-                    yield here, entry
+            here, image = f"{shown}{entry.name}", _suffix(entry.name) in SUFFIXES
+            if entry.is_dir(follow_symlinks=False):
+                empty = False
+                if image or depth is None or here.count("/") + 1 < depth:
+                    waiting.append((entry.path, f"{here}/", entry))
+            elif image:
+                empty = False
+                yield here, entry
+        if empty and itself is not None and _suffix(itself.name) in SUFFIXES:
+            yield shown.removesuffix("/"), itself
 
 
 def _suffix(name: str) -> str:
@@ -190,11 +207,12 @@ def _suffix(name: str) -> str:
     return name[dot:].lower() if dot > 0 else ""
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a link leads to; None where that is nothing, or the entry has vanished."""
     try:
-        return entry.is_file()
-    except OSError:  # a link that leads to itself
-        return False
+        return entry.stat()
+    except OSError:
+        return None
 
 
 def _glob(pattern: str) -> _Input:
@@ -206,7 +224,7 @@ def _glob(pattern: str) -> _Input:
         raise InputError(_absent(Path(root)))
     tree = _walk(root, None if "**" in wanted else len(wanted))
     matches = (
-        _Found(shown, e.path, None, e.stat()) for shown, e in tree if _matches(shown.split("/"), wanted)
+        _Found(shown, e.path, None, _status(e)) for shown, e in tree if _matches(shown.split("/"), wanted)
     )
     return _Input(Path(os.path.normpath(Path.cwd() / root)).name, matches)
 
@@ -249,7 +267,7 @@ def _table(manifest: Path) -> tuple[list[tuple[str, str | None]], bool]:
     first = text.lstrip().partition("\n")[0]
     separator = max(",;\t", key=first.count)
     try:
-        rows = [row for row in csv.reader(text.splitlines(keepends=True), delimiter=separator) if any(row)]
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(row)]
     except csv.Error as error:
         raise InputError(f"{manifest}: not a readable table: {error}") from error
     header = [cell.strip().lower() for cell in rows[0]] if rows else []

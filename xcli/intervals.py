@@ -78,7 +78,8 @@ def statistic(values: Floats, name: str = MEAN) -> float:
     if not defined.size:
         return float("nan")
     share = _share(name)
-    return float(defined.mean() if share is None else np.quantile(defined, share))
+    with np.errstate(invalid="ignore"):  # between infinite values
+        return float(defined.mean() if share is None else np.quantile(defined, share))
 
 
 def estimate(values: Floats, image: Indices, name: str = MEAN) -> Estimate:
@@ -98,7 +99,8 @@ def estimates(columns: Sequence[Floats], image: Indices, name: str = MEAN) -> li
         defined = masks[places[0]]
         values = np.stack([np.asarray(columns[place][defined], np.float64) for place in places])  # (K, n)
         images, owner = np.unique(image[defined], return_inverse=True)
-        ends = _ends(values, owner, len(images), name)
+        with np.errstate(invalid="ignore"):  # an infinite value leaves no interval
+            ends = _ends(values, owner, len(images), name)
         for place, row, (low, high) in zip(places, values, ends, strict=True):
             value = statistic(row, name)
             found[place] = Estimate(name, value, float(low), float(high), values.shape[1], len(images))
@@ -169,8 +171,7 @@ def _ends(values: Floats, owner: Indices, images: int, name: str) -> Floats:
     if images < 2 or share in _EXTREMES:
         return np.full((len(values), 2), np.nan)
     if share is None:
-        with np.errstate(invalid="ignore"):  # an infinite value leaves no interval
-            drawn = _means(values, owner, images)
+        drawn = _means(values, owner, images)
     else:
         drawn = np.stack([_quantiles(row, owner, images, share) for row in values])  # (K, resamples)
     tail = (1 - LEVEL) / 2

@@ -21,7 +21,7 @@ import numpy as np
 from xcli.errors import ConfigError
 from xcli.intervals import MEAN, Estimate, Indices, estimates, holm, signed_rank
 from xcli.joining import distinct_names, joined
-from xcli.scoretable import Column, ScoreTable, read_scores
+from xcli.scoretable import Column, ScoreTable, cell, read_scores
 
 NAN = float("nan")
 
@@ -303,6 +303,7 @@ def csv_text(board: Leaderboard) -> str:
             "metric": contest.metric,
             "direction": contest.direction,
             **told(one),
+            "method": cell(one.method),
             "mean_rank": board.overall.get(one.method),
         }
         for contest in board.contests

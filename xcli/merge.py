@@ -15,13 +15,16 @@ import h5py
 import numpy as np
 
 from xcli.allocated import Allocated
-from xcli.durable import failpoint, locked, publish, removed_on_error, shown, writing
+from xcli.durable import failpoint, locked, publish, refuse_links, removed_on_error, shown, writing
 from xcli.errors import ConfigError
 from xcli.parts import SCHEMA, STRING, is_map, printable, write_attrs
 from xcli.record import PARTS, RESULTS, Saved, load, part_numbers, part_path
+from xcli.signals import interruptible
 from xcli.survey import Layout, Piece, Survey, is_score, parts_of, reading
 
 LOCKS, RECORD_LOCK, EVALUATION_LOCK = "locks", "record.lock", "evaluation.lock"
+DERIVED = ("metrics.csv", "metrics.csv.tmp", "curves-*.png", "curves-*.png.tmp")
+"""What is made of the scores in results.h5 and goes with it. The first is written last: where it is, all are."""
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -73,6 +76,7 @@ def merge_run(root: str | Path, layout: Layout | None = None, finish: Finish | N
         OutputUnwritable: no room, or no permission; results.h5 is as before.
     """
     root = Path(root)
+    refuse_links(root, (PARTS, LOCKS))
     if load(root) is None:
         raise ConfigError(f"{shown(root)} holds no run")
     with locked(root / LOCKS / RECORD_LOCK, wait=None):
@@ -128,12 +132,17 @@ def drop_parts(root: Path) -> None:
 def build(
     root: Path, saved: Saved, layers: Sequence[Sequence[Piece]], layout: Layout, finish: Finish | None
 ) -> None:
-    """Make results.h5 of the layers' columns and put it in its place; under the record lock."""
+    """Make results.h5 of the layers' columns and put it in its place; under the record lock. Signals wait for it."""
     failpoint("merge-start")
     survey = Survey.of(layers, saved)
     bound = survey.bound(layout, saved)
     tmp = root / f"{RESULTS}.tmp"
-    with writing(root / RESULTS, needed=bound), removed_on_error(tmp), Allocated(tmp, bound) as space:
+    with (
+        interruptible(at_end=True),
+        writing(root / RESULTS, needed=bound),
+        removed_on_error(tmp),
+        Allocated(tmp, bound) as space,
+    ):
         failpoint("merge-allocated")
         try:
             with h5py.File(space, "w") as out:
@@ -152,6 +161,9 @@ def build(
                 raise
         failpoint("merge-written")
         space.finish()
+        for path in [path for name in DERIVED for path in root.glob(name)]:
+            failpoint("remove-derived")
+            path.unlink()
         publish(tmp, root / RESULTS, "merge")
 
 

@@ -15,6 +15,10 @@ from xcli.errors import ModelError
 from xcli.preprocess import Preprocess
 from xcli.sources import SOURCES, nearest
 from xcli.sources import ModelSpec as ModelSpec
+from xcli.visible import shown
+
+LARGEST_LIST = 64 << 20
+"""Bytes of a file of category names."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +140,16 @@ def _categories(given: str | tuple[str, ...]) -> tuple[str, ...]:
     if not isinstance(given, str):
         return given
     try:
-        lines = Path(given).read_text(encoding="utf-8").splitlines()
+        if Path(given).exists() and not Path(given).is_file():  # a FIFO never answers, a device never ends
+            raise ModelError(f"categories: {shown(given)} is not a regular file")
+        if Path(given).is_file() and Path(given).stat().st_size > LARGEST_LIST:
+            raise ModelError(
+                f"categories: {shown(given)} is larger than {LARGEST_LIST >> 20} MiB; one name a line is wanted"
+            )
+        lines = Path(given).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"categories: {given} cannot be read as a text file with one name a line: {error}"
+            f"categories: {shown(given)} cannot be read as a text file with one name a line: {error}"
         ) from error
     while lines and not lines[-1].strip():
         lines.pop()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from xcli import visible
 from xcli.complaints import Issue, dotted, shown
 from xcli.errors import ConfigError
 from xcli.yamlfile import Document, KeyPath, Mark, Place, is_text, read_yaml
@@ -129,9 +130,12 @@ def set_value(draft: Draft, text: str) -> None:
     """Follow ``--set a.b.0.c=value``: the value is YAML, numbers index lists, missing keys are made."""
     key, equals, value = text.partition("=")
     key = re.sub(r"\[(\d+)\]", r".\1", key.strip())
-    option = f"--set {key}"
+    option = f"--set {visible.shown(key)}"
     if not equals or not all(key.split(".")):
-        draft.refuse(f"--set {text}", "expected key=value, such as runtime.seed=1 or methods.0.layer=layer3")
+        draft.refuse(
+            f"--set {visible.shown(text)}",
+            "expected key=value, such as runtime.seed=1 or methods.0.layer=layer3",
+        )
         return
     try:
         document = read_yaml(value, option)

@@ -29,6 +29,9 @@ _FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
 }
 
+FILTERS: tuple[list[int], ...] = ([2, 1], [2, 32000], [])
+"""The same as HDF5 numbers them, in the order of writing: shuffle, then gzip or lzf; or nothing."""
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -17,6 +17,7 @@ from typing import Literal, Self
 
 from PIL import Image
 
+from xcli.durable import unwritable
 from xcli.errors import OutputUnwritable
 
 Kind = Literal["overlay", "heatmap", "panel"]
@@ -135,8 +136,10 @@ class PictureWriter:
     exception drops that.  Files are renamed into place but not synced: a power cut may lose the latest.
     """
 
-    def __init__(self, workers: int = 2, pending_mib: int = 256) -> None:
-        """``workers``: threads; ``pending_mib``: raw pixels that may wait before `write` blocks, MiB."""
+    def __init__(self, workers: int = 2, pending_mib: int = 256, root: Path | None = None) -> None:
+        """``workers``: threads; ``pending_mib``: raw pixels that may wait before `write` blocks, MiB; ``root``: the
+        output folder, inside which no link to a folder is followed."""
+        self._root = root
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="png")
         self._limit = pending_mib << 20
         self._pending: deque[tuple[Future[None], Path, int]] = deque()
@@ -211,18 +214,30 @@ class PictureWriter:
         image.save(encoded, format="PNG", compress_level=1, compress_type=strategy)
         try:
             if path.parent not in self._folders:
+                self._refuse_links(path.parent)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._folders.add(path.parent)
             _replace(path, encoded.getbuffer())
         except OSError as error:
-            raise OutputUnwritable(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+            raise unwritable(path, error, needed=encoded.tell()) from error
+
+    def _refuse_links(self, folder: Path) -> None:
+        while self._root is not None and folder != self._root and folder != folder.parent:
+            if folder.is_symlink():
+                raise OutputUnwritable(
+                    f"{str(folder)!r} is a link, and nothing is written through a link inside an output folder; remove "
+                    "it, or make the whole output folder a link"
+                )
+            folder = folder.parent
 
 
 def _replace(path: Path, content: memoryview) -> None:
     """Put the content in place by a rename; a killed run's leftover has the same name and is overwritten."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.write_bytes(content)
+        beside.unlink(missing_ok=True)  # it may be a link, or a FIFO
+        with beside.open("xb") as file:
+            file.write(content)
         beside.replace(path)
     except OSError:
         with suppress(OSError):

@@ -9,56 +9,32 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
-import yaml
+from typing import Self
 
 from xcli.batches import Result, explained
+from xcli.breadcrumbs import Decoding, breadcrumbs
 from xcli.collect import PartBuilder, Pictures
 from xcli.config import ANYWHERE, EVALUATION, Config, recorded_config
 from xcli.errors import ConfigError
-from xcli.images import Batch, Source, stream
-from xcli.methods.base import FLAT, NOT_FINITE
+from xcli.images import Batch, Noting, Source, stream
+from xcli.merge import LOCKS
 from xcli.pictures import PictureWriter
 from xcli.plan import Plan, prepared
 from xcli.progress import Quiet, Reporter
-from xcli.provenance import recorded
+from xcli.provenance import flat, recorded, refuse_changes
 from xcli.record import load
-from xcli.results import open_run
 from xcli.signals import interruptible
 from xcli.store import State, Store, open_store, peek
 from xcli.summaries import add_summaries
+from xcli.summary import FAILURES, Done, pending, summarised
+from xcli.summary import Summary as Summary
+from xcli.yamlfile import read_yaml
 
 LOG = logging.getLogger(__name__)
-FAILURES = 20
-"""Failed images that a summary names; results.h5 has them all."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run ended with; ``exit_code`` is 3 where images failed, ``failures`` names the first of them."""
-
-    status: str
-    output: str
-    results: str | None
-    images: int
-    failed: int
-    explanations: int
-    seconds: float
-    images_per_second: float
-    flat: dict[str, int] = field(default_factory=dict)
-    not_finite: dict[str, int] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    exit_code: int = 0
-
-    def as_json(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
 
 
 def explain_folder(
@@ -85,8 +61,8 @@ def explain_folder(
         refuse_other_config(root, config, fingerprint)
     state = State("new", None) if fresh else peek(root, fingerprint, sources, update=update)
     if state.kind == "done":
-        return summarised(root, "already done", began, 0)
-    with interruptible() as signals, ExitStack() as undo:
+        return summarised(root, "already done", began, Done())
+    with interruptible(), ExitStack() as undo:
         record, done = state.record, Done()
         if record is None:
             with prepared(config, sources) as plan:
@@ -95,23 +71,16 @@ def explain_folder(
                 if store.record == record:  # else another shard began the run just now
                     done = work(plan, store, progress)
         else:
+            if update:  # before its list grows
+                refuse_changes(root, record, config)
             store = undo.enter_context(open_store(root, record, sources, shard=shard, update=update))
         if store.todo():
             done = resumed(config, store, progress)
         if not store.complete():
             return pending(root, began, done)
-        progress.say(f"writing {root / 'results.h5'}")
-        with signals.deferred():
-            store.merge(finish=add_summaries)
-    return summarised(root, "done", began, done.images)
-
-
-@dataclass(frozen=True)
-class Done:
-    """What one call got through: images, and those among them that failed."""
-
-    images: int = 0
-    failed: int = 0
+        LOG.info("writing %s", root / "results.h5")
+        store.merge(finish=add_summaries)
+    return summarised(root, "done", began, done)
 
 
 def refuse_other_config(root: Path, config: Config, fingerprint: str) -> None:
@@ -119,7 +88,7 @@ def refuse_other_config(root: Path, config: Config, fingerprint: str) -> None:
     saved = load(root)
     if saved is None or saved.record.fingerprint == fingerprint:
         return
-    before, now = (flat(plain) for plain in (yaml.safe_load(saved.record.config), config.plain()))
+    before, now = (flat(plain) for plain in (read_yaml(saved.record.config, "run.json").data, config.plain()))
     unlike = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     changed = [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -132,26 +101,19 @@ def refuse_other_config(root: Path, config: Config, fingerprint: str) -> None:
     )
 
 
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested data by dotted key path."""
-    if isinstance(value, dict | list) and value:
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for name, inner in pairs for key, leaf in flat(inner, f"{path}.{name}").items()}
-    return {path.removeprefix("."): value}
-
-
 def resumed(config: Config, store: Store, progress: Reporter) -> Done:
     """Go on with the choices that the run began with.
 
     Raises:
-        ConfigError: the model's weights are not those of the run.
+        ConfigError: the run began with other versions, files, another device or other weights.
     """
+    refuse_changes(store.root, store.record, config)
     begun = recorded_config(store.record.config, "run.json")  # what scores the maps is that of the start, too
     config = replace(
         config, metrics=begun.metrics, baselines=begun.baselines, images=begun.images, model=begun.model
     )
-    with prepared(config, store.inputs, store.record.resolved) as plan:
-        if plan.weights_sha256 != store.record.attrs["weights_sha256"]:
+    with prepared(config, store.inputs, store.record.choices()) as plan:
+        if plan.weights_sha256 != store.record.attrs.get("weights_sha256"):
             raise ConfigError(
                 f"the weights of {plan.model.name} have changed since the run in {store.root} began; "
                 "put the old ones back, choose a new output.path, or start over with --fresh"
@@ -164,12 +126,10 @@ def work(plan: Plan, store: Store, progress: Reporter) -> Done:
     inputs, todo = store.inputs, store.todo()
     own: int = sum(rows.stop - rows.start for _, rows in todo)
     share = store.images_of_shard()
-    for line in (*announced(plan), *unlabelled(plan, inputs)):
-        progress.say(line)
+    announce(plan, inputs)
     if own < share:
-        progress.say(f"going on: {share - own} of {share} images are done")
-    LOG.info("decided: %s", plan.resolved())
-    failed = 0
+        LOG.info("going on: %d of %d images are done", share - own, share)
+    done = Done()
     runs = aligned((range(rows.start, rows.stop) for _, rows in todo), plan.batch_size)
     workers = plan.config.runtime.workers
     threads = min(8, os.cpu_count() or 1) if workers == "auto" else workers
@@ -178,20 +138,23 @@ def work(plan: Plan, store: Store, progress: Reporter) -> Done:
         progress.start(share, share - own)
         pool = undo.enter_context(dropping(ThreadPoolExecutor(max(1, threads), thread_name_prefix="encode")))
         commits = undo.enter_context(Committer(store))
-        writer = undo.enter_context(PictureWriter(max(1, threads)))
+        writer = undo.enter_context(PictureWriter(max(1, threads), root=store.root))
         pictures = Pictures(plan, store.root, inputs, writer)
-        found = undo.enter_context(closing(results(plan, inputs, runs, threads, explained)))
+        crumbs = undo.enter_context(breadcrumbs(store.root / LOCKS, store.name, inputs, decoding(plan)))
+        found = undo.enter_context(closing(results(plan, inputs, runs, threads, explained, crumbs)))
         for number, rows in todo:
             builder = PartBuilder(plan, rows, inputs, pool)
             while not builder.full:
                 result = next(found).wait()
                 builder.add(result)
                 pictures.draw(result)
-                failed += len(result.failed)
+                warn(inputs, result.failed, done.failed)
+                done.add(result)
                 progress.advance(len(result.images) + len(result.failed), len(result.failed))
             writer.flush()  # a committed part has its pictures
             commits.submit(number, builder)
-    return Done(own, failed)
+    done.end(plan.execution)
+    return done
 
 
 Each = Callable[[Plan, Batch, Sequence[Source]], Iterator[Result]]
@@ -199,7 +162,12 @@ Each = Callable[[Plan, Batch, Sequence[Source]], Iterator[Result]]
 
 
 def results(
-    plan: Plan, inputs: Sequence[Source], runs: Iterable[Sequence[int]], threads: int, each: Each
+    plan: Plan,
+    inputs: Sequence[Source],
+    runs: Iterable[Sequence[int]],
+    threads: int,
+    each: Each,
+    noting: Noting,
 ) -> Generator[Result]:
     """The results of the batches of each run of images, each read only after the next one has been started, so that a
     GPU never waits."""
@@ -217,6 +185,7 @@ def results(
             max_pixels=images.max_pixels,
             draft=images.draft,
             pin=plan.device.type == "cuda",
+            noting=noting,
         )
         with closing(batches):
             for batch in batches:
@@ -225,6 +194,13 @@ def results(
                     if len(started) > 1:
                         yield started.popleft()
     yield from started
+
+
+def decoding(plan: Plan) -> Decoding:
+    """How an image becomes the model's input."""
+    images = plan.config.images
+    fixed = plan.preprocess.with_size(plan.size)
+    return Decoding(fixed, images.background_rgb, images.max_pixels, images.draft)
 
 
 def aligned(parts: Iterable[Iterable[int]], batch: int) -> Iterator[list[int]]:
@@ -283,60 +259,29 @@ def dropping(pool: ThreadPoolExecutor) -> Iterator[ThreadPoolExecutor]:
     pool.shutdown(wait=True)
 
 
-def announced(plan: Plan) -> Iterator[str]:
-    """What a user should know before the run: model, input, layers, batch."""
-    yield (
-        f"{plan.model.name} ({plan.model.weights}) on {plan.device}, input {plan.size[0]}x{plan.size[1]}, "
-        f"batches of {plan.batch_size}, parts of {plan.part_length} images"
-    )
+def announce(plan: Plan, inputs: Sequence[Source]) -> None:
+    """Say what a user should know before the run, and what was decided: preprocessing, batch, layers."""
+    model = plan.model
+    LOG.info("%s (%s) on %s, %d methods", model.name, model.weights, plan.device, len(plan.methods))
+    height, width = plan.size
+    LOG.debug("input %dx%d, preprocessing %s", height, width, plan.preprocess.describe())
+    LOG.debug("batches of %d, parts of %d images", plan.batch_size, plan.part_length)
     for spec in plan.methods:
         layer = ", ".join(plan.layers_of(spec))
-        yield f"{spec.label}: {spec.scale}" + (f" at {layer}" if layer else "")
-    if plan.model.weights == "none":
-        yield "beware: the weights are random; maps of an untrained network mean nothing"
-
-
-def unlabelled(plan: Plan, inputs: Sequence[Source]) -> Iterator[str]:
-    """A line where labels name no class of the model: such an image is neither right nor wrong, nor its own target."""
+        LOG.debug("%s: %s%s", spec.label, spec.scale, f" at {layer}" if layer else "")
+    if model.weights == "none":
+        LOG.warning("the weights are random; maps of an untrained network mean nothing")
     lost = Counter(source.label for source in inputs if source.label and plan.label(source) < 0)
-    if lost:
+    if lost:  # such an image is neither right nor wrong, nor its own target
         some = ", ".join(f"{label!r} ({count})" for label, count in lost.most_common(3))
-        yield f"beware: the labels of {lost.total()} of {len(inputs)} images are no class of the model: {some}"
-
-
-def pending(root: Path, began: float, done: Done) -> Summary:
-    """This shard is through, others are not; the counts are of this call."""
-    seconds = time.monotonic() - began
-    return Summary(
-        status="shard done",
-        output=str(root),
-        results=None,
-        images=done.images,
-        failed=done.failed,
-        explanations=0,
-        seconds=round(seconds, 3),
-        images_per_second=round(done.images / max(seconds, 1e-9), 2),
-        exit_code=3 if done.failed else 0,
-    )
-
-
-def summarised(root: Path, status: str, began: float, done: int) -> Summary:
-    """Counts of a finished run, read from results.h5."""
-    seconds = time.monotonic() - began
-    with open_run(root) as run:
-        bad = np.flatnonzero(run.images["status"])
-        states = {name: run.status(name) for name in run.names}
-        return Summary(
-            status=status,
-            output=str(root),
-            results=str(root / "results.h5"),
-            images=len(run.images["status"]),
-            failed=len(bad),
-            explanations=len(run.explanations["image"]),
-            seconds=round(seconds, 3),
-            images_per_second=round(done / max(seconds, 1e-9), 2),
-            flat={name: int((state == FLAT).sum()) for name, state in states.items()},
-            not_finite={name: int((state == NOT_FINITE).sum()) for name, state in states.items()},
-            failures={run.images["path"][row]: run.images["error"][row] for row in bad[:FAILURES]},
-            exit_code=3 if len(bad) and status != "already done" else 0,
+        LOG.warning(
+            "the labels of %d of %d images are no class of the model: %s", lost.total(), len(inputs), some
         )
+
+
+def warn(inputs: Sequence[Source], failed: Sequence[tuple[int, str]], before: int) -> None:
+    """Say why images failed, of the first that do; ``before`` have already."""
+    for row, reason in failed[: max(0, FAILURES - before)]:
+        LOG.warning("%s failed: %s", inputs[row].path, reason)
+    if before < FAILURES <= before + len(failed):
+        LOG.warning("more that fail are not named here; /images/error of results.h5 has them all")

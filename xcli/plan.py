@@ -23,7 +23,7 @@ from xcli.choices import (
 from xcli.config import Config, resolve_targets
 from xcli.entries import MethodSpec
 from xcli.errors import ModelError
-from xcli.execution import Execution
+from xcli.execution import Execution, fitting
 from xcli.forward import Forward
 from xcli.hooks import frozen
 from xcli.images import Source
@@ -163,7 +163,7 @@ class Plan:
         forward = self.forward(x)
         logits = torch.cat([find_logits(found, self.model.output).detach() for found in forward.outputs])
         rows = resolve([Predicted()], logits, torch.full((len(x),), -1), self.model.output)
-        return self.score(forward, rows, [f"probe {place}" for place in range(len(x))])
+        return self.score(forward, rows.decided(), [f"probe {place}" for place in range(len(x))])
 
 
 @contextmanager
@@ -236,11 +236,11 @@ def prepared(
 @contextmanager
 def loaded(config: Config) -> Iterator[tuple[Model, str, torch.device]]:
     """The model, frozen on its device with arithmetic in full precision; its weights' hash; the device."""
-    device = chosen_device(config.runtime.device)
-    model = load_model(config.model_spec(), device)
-    digest = weights_hash(model.module)
-    model.module.to(dtype_of(config))
-    with ExitStack() as undo:
+    device, spec = chosen_device(config.runtime.device), config.model_spec()
+    with fitting(spec.name), ExitStack() as undo:
+        model = load_model(spec, device)
+        digest = weights_hash(model.module)
+        model.module.to(dtype_of(config))
         if device.type == "cuda":
             undo.enter_context(torch.cuda.device(device))
         undo.enter_context(tuning.exact())
@@ -317,7 +317,9 @@ def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
 def explanations(plan: Plan, score: Score, x: Tensor) -> Iterator[tuple[str, Attribution]]:
     """The raw maps of ``x`` by each method that is not idle."""
     for spec in (spec for spec in plan.methods if spec.label not in plan.idle):
-        yield spec.label, spec.method.explain(score.scaled(spec.scale), x)
+        with fitting(f"{spec.label} on one image of {x.shape[-2]}x{x.shape[-1]}"):
+            found = spec.method.explain(score.scaled(spec.scale), x)
+        yield spec.label, found
 
 
 def fitting_batch(plan: Plan, used: int, images: int) -> int:

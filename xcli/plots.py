@@ -63,7 +63,11 @@ def curves(scores: ScoreTable, folder: Path) -> list[Path]:
     """
     paths = []
     for metric, methods in curves_of(scores).items():
-        paths.append(save(folder / f"curves-{metric}.png", curves_picture(scores, metric, methods)))
+        path = folder / f"curves-{metric}.png"
+        write_file(
+            path, curves_picture(scores, metric, methods), path.with_name(f"{path.name}.tmp"), "curves"
+        )
+        paths.append(path)
     return paths
 
 

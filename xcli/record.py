@@ -20,8 +20,13 @@ from xcli.durable import make_folder, shown, write_file
 from xcli.errors import ConfigError, InputError, OutputUnwritable
 from xcli.inputs import Source as Input
 from xcli.parts import SCHEMA
+from xcli.recordcheck import refuse_nonsense
 
 RUN, INPUTS, RESULTS, PARTS = "run.json", "inputs.jsonl", "results.h5", "parts"
+CHOICES = ("size", "batch_size", "channels_last", "layers", "shapes")
+NAMED = 3
+"""Images that a message names."""
+Identity = tuple[str, int, int, str | None]
 _PART_NAME = re.compile(r"(\d{5,})\.h5")
 
 
@@ -38,6 +43,15 @@ class Record:
     part_length: int  # images a part
     created: str
     categories: tuple[str, ...]
+
+    def choices(self) -> dict[str, Any]:
+        """``resolved``, of which a run that goes on takes all. Raises ``ConfigError`` where something is lacking."""
+        if lacking := [key for key in CHOICES if key not in self.resolved]:
+            raise ConfigError(
+                f"{RUN} does not say what was decided when the run began ({', '.join(lacking)}); "
+                "start over with --fresh"
+            )
+        return self.resolved
 
 
 @dataclass(frozen=True)
@@ -88,8 +102,8 @@ def save(root: Path, saved: Saved, suffix: str = ".tmp") -> None:
 def load(root: Path) -> Saved | None:
     """The run of ``root``; ``None`` where there is none. Raises ``ConfigError`` for a damaged one."""
     try:
-        document = json.loads((root / RUN).read_bytes())
-        text = (root / INPUTS).read_bytes()[: document["inputs"]["bytes"]]
+        document = json.loads(_content(root / RUN))
+        text = _content(root / INPUTS)[: document["inputs"]["bytes"]]
         if document["schema"] != SCHEMA or hashlib.sha256(text).hexdigest() != document["inputs"]["sha256"]:
             raise ValueError("its list of images is not the one recorded")
         return _parse(document, text)
@@ -99,14 +113,22 @@ def load(root: Path) -> Saved | None:
         if not (root / RUN).exists():
             return None
         raise _damaged(root, error) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise _damaged(root, error) from error
 
 
+def _content(path: Path) -> bytes:
+    """The bytes of a regular file; another, such as a FIFO, might never end or never answer."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a regular file")
+    return path.read_bytes()
+
+
 def _parse(document: dict[str, Any], text: bytes) -> Saved:
+    inputs = tuple(Input(**json.loads(line)) for line in text.splitlines())
+    refuse_nonsense(document, inputs)
     fields = {name: document[name] for name in Record.__dataclass_fields__}
     record = Record(**{**fields, "categories": tuple(document["categories"])})
-    inputs = tuple(Input(**json.loads(line)) for line in text.splitlines())
     return Saved(record, inputs, tuple(document["generations"]), document["base"])
 
 
@@ -118,7 +140,7 @@ def _lines(inputs: Sequence[Input]) -> bytes:
 
 def _damaged(root: Path, error: Exception) -> ConfigError:
     return ConfigError(
-        f"the record of the run in {shown(root)} cannot be read ({error}); start over with --fresh"
+        f"the record of the run in {shown(root)} cannot be read ({shown(str(error)[:200])}); start over with --fresh"
     )
 
 
@@ -137,13 +159,27 @@ def additions(root: Path, saved: Saved, fingerprint: str, inputs: Sequence[Input
         )
     known, given = Counter(map(_identity, saved.inputs)), Counter(map(_identity, inputs))
     if gone := known - given:
-        names = sorted({path for path, *_ in gone})
         raise ConfigError(
-            f"{gone.total()} of the images of the run in {shown(root)} changed or vanished, the first is "
-            f"{shown(names[0])}; put them back, or start over with --fresh"
+            f"{gone.total()} of the images of the run in {shown(root)} changed or vanished: "
+            f"{_changes(sorted(gone, key=str), given - known)}; put them back, or start over with --fresh"
         )
     fresh = given - known
     return [item for item in inputs if _taken(fresh, _identity(item))]
+
+
+def _changes(gone: Sequence[Identity], given: Counter[Identity]) -> str:
+    """What became of the first few images that are not as they were."""
+    now = {path: rest for path, *rest in given}
+    told = []
+    for path, size, _, label in gone[:NAMED]:
+        if path not in now:
+            told.append(f"{shown(path)} is not there")
+            continue
+        size_now, _, label_now = now[path]
+        what = [f"{size} -> {size_now} bytes"] if size != size_now else []
+        what += [f"label {label!r} -> {label_now!r}"] if label != label_now else []
+        told.append(f"{shown(path)} {', '.join(what) or 'was written again'}")
+    return "; ".join(told) + ("; ..." if len(gone) > NAMED else "")
 
 
 def grown(root: Path, count: int) -> ConfigError:
@@ -159,11 +195,11 @@ def relocated(saved: Saved, inputs: Sequence[Input]) -> Saved:
     return replace(saved, inputs=tuple(replace(item, file=places[_identity(item)]) for item in saved.inputs))
 
 
-def _identity(item: Input) -> tuple[str, int, int, str | None]:
+def _identity(item: Input) -> Identity:
     return item.path, item.size, item.mtime_ns, item.label
 
 
-def _taken(stock: Counter[tuple[str, int, int, str | None]], key: tuple[str, int, int, str | None]) -> bool:
+def _taken(stock: Counter[Identity], key: Identity) -> bool:
     stock[key] -= 1
     return stock[key] >= 0
 

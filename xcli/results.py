@@ -19,7 +19,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -28,10 +29,11 @@ from typing import TYPE_CHECKING, Any, Self
 import h5py
 import numpy as np
 
-from xcli.durable import shown
 from xcli.errors import InputError
 from xcli.parts import SCHEMA, Array
 from xcli.record import RESULTS, RUN
+from xcli.soundness import Unsound, damage, opened, sources_of
+from xcli.visible import shown
 
 if TYPE_CHECKING:
     import xarray
@@ -61,37 +63,54 @@ class RunResults:
     """The contents of a results.h5, read when asked for."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sound: set[str] = set()  # parts that were looked through
+        with self._refusing():
+            self._file = opened(path)
         try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
-            raise InputError(f"{shown(path)} cannot be read as HDF5: {error}") from error
-        try:
-            self._check(path)
+            with self.reading():
+                self._check()
         except InputError:
             self.close()
             raise
 
-    def _check(self, path: Path) -> None:
+    def _check(self) -> None:
         if self._file.attrs.get("schema") != SCHEMA:
-            raise InputError(f"{shown(path)} is not a {SCHEMA} results file")
-        for name in self.names[:1]:
-            maps = self._file[f"heatmaps/{name}"]
-            sources = {source.file_name for source in maps.virtual_sources()} if maps.is_virtual else set()
-            gone = sorted(source for source in sources if not (path.parent / source).is_file())
+            raise InputError(f"{shown(self.path)} is not a {SCHEMA} results file")
+        for name in self.names:
+            sources = sources_of(self._file[f"heatmaps/{name}"])
+            gone = [source for source in sources if not (self.path.parent / source).is_file()]
             if gone:
                 raise InputError(
-                    f"{shown(path)} is an index of parts, and these are gone: {', '.join(gone[:8])}"
+                    f"{shown(self.path)} is an index of parts, and these are gone: {', '.join(gone[:8])}"
                 )
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except Unsound as error:
+            raise InputError(
+                f"{shown(self.path)} cannot be taken as the results of a run: {error}; "
+                "make it again by `xai explain`, or take it from a backup"
+            ) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[h5py.File]:
+        """The file itself; what h5py raises in the block becomes ``InputError``."""
+        with self._refusing(), damage():
+            yield self._file
 
     @cached_property
     def attrs(self) -> dict[str, Any]:
         """Versions, model, device, seed and all else noted about the run."""
-        return dict(self._file.attrs)
+        with self.reading() as file:
+            return dict(file.attrs)
 
     @property
     def config(self) -> str:
         """The YAML of the run."""
-        return str(self.attrs["config"])
+        return str(self.attrs.get("config", ""))
 
     @cached_property
     def images(self) -> dict[str, Array]:
@@ -106,7 +125,8 @@ class RunResults:
     @cached_property
     def categories(self) -> tuple[str, ...]:
         """The names of the classes."""
-        return tuple(_read(self._file["categories"]))
+        with self.reading() as file:
+            return tuple(_read(file["categories"])) if "categories" in file else ()
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -121,16 +141,35 @@ class RunResults:
         Raises: InputError: no such map; IndexError: no such row.
         """
         maps = self._maps(name)
+        self._look_through_parts(maps)
         if rows is None or isinstance(rows, int | slice):
-            return np.asarray(maps[slice(None) if rows is None else rows])
+            return self._taken(maps, slice(None) if rows is None else rows)
         index = np.asarray(rows)
         if not index.size:
-            return np.asarray(maps[:0])
+            return self._taken(maps, slice(0))
         chosen = np.arange(len(maps))[index]  # negative rows and boolean masks become indices
         if len(chosen) and (np.diff(chosen) == 1).all():
-            return np.asarray(maps[chosen[0] : chosen[-1] + 1])  # HDF5 reads a range much faster
+            return self._taken(maps, slice(chosen[0], chosen[-1] + 1))  # HDF5 reads a range much faster
         ordered, place = np.unique(chosen, return_inverse=True)
-        return np.asarray(maps[ordered])[place]
+        return self._taken(maps, ordered)[place]
+
+    def _taken(self, maps: h5py.Dataset, rows: int | slice | Array) -> Array:
+        if isinstance(rows, int) and not -len(maps) <= rows < len(maps):
+            raise IndexError(f"there is no row {rows}; {shown(maps.name)} has {len(maps)}")
+        with self.reading():
+            return np.asarray(maps[rows])
+
+    def _look_through_parts(self, maps: h5py.Dataset) -> None:
+        """Refuse parts that are no better than a results.h5 may be: what they point to would be read, too."""
+        for source in sources_of(maps):
+            if source not in self._sound:
+                with self._refusing():
+                    opened(self.path.parent / source).close()
+                self._sound.add(source)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of one map ``name``: (H, W) or (C, H, W)."""
+        return tuple(self._maps(name).shape[1:])
 
     def heatmap_attrs(self, name: str) -> dict[str, Any]:
         """Method, parameters, layer, preset and source of the maps ``name``."""
@@ -141,7 +180,8 @@ class RunResults:
         self._maps(name)
         if f"status/{name}" not in self._file:
             raise InputError(f"this run keeps no status of {name}")
-        return _read(self._file[f"status/{name}"])
+        with self.reading() as file:
+            return _read(file[f"status/{name}"])
 
     def extras(self, name: str) -> dict[str, Array]:
         """What the method adds to its maps, one entry an explanation."""
@@ -235,8 +275,16 @@ class RunResults:
         return self._file[f"heatmaps/{name}"]
 
     def _columns(self, group: str) -> dict[str, Array]:
-        found: Mapping[str, h5py.Dataset] = self._file.get(group, {})
-        return {key: _read(dataset) for key, dataset in found.items()}
+        with self.reading() as file:
+            found: Mapping[str, h5py.Dataset] = file.get(group, {})
+            return Columns({key: _read(dataset) for key, dataset in found.items()})
+
+
+class Columns(dict[str, Array]):
+    """Columns by name; one that the run lacks is an ``InputError``."""
+
+    def __missing__(self, key: str) -> Array:
+        raise InputError(f"this run has no column {key}; it has {', '.join(self) or 'none'}")
 
 
 def _read(dataset: h5py.Dataset) -> Array:

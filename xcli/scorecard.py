@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from xcli.config import Config, recorded_config
+from xcli.durable import locked
+from xcli.entries import PAPER
 from xcli.errors import ConfigError
 from xcli.evaluation import Evaluated, evaluate_run, finished
 from xcli.gates import Verdict, judge, lines, parse, resolve
 from xcli.images import Source
 from xcli.intervals import estimates
+from xcli.merge import DERIVED, LOCKS, RECORD_LOCK
 from xcli.methods.baselines import BASELINES
 from xcli.overrides import Changes
 from xcli.pipeline import Summary, explain_folder
@@ -28,7 +31,7 @@ from xcli.scoring import baseline_specs
 DEFAULT_METRICS = ("deletion", "insertion", "road")
 """What is scored where neither the config nor the command line says."""
 
-CSV = "metrics.csv"
+CSV = DERIVED[0]
 SURROUNDINGS = ("images.truth", "model.checkpoints")
 
 
@@ -73,13 +76,6 @@ class Scorecard:
             "not_scored": self.evaluated.failed,
         }
 
-    def failures(self) -> Iterator[str]:
-        """Which images could not be scored, and why: the first five."""
-        failed = list(self.evaluated.failed.items())
-        if failed:
-            yield f"{len(failed)} images could not be scored:"
-            yield from (f"  {path}: {reason}" for path, reason in failed[:5])
-
     def gates(self) -> list[str]:
         """A line a verdict."""
         return lines(self.verdicts)
@@ -118,11 +114,13 @@ def scorecard(root: Path, config: Config, reference: ScoreTable | None, progress
         XaiError: as ``evaluate_run``; a gate that cannot be judged.
     """
     evaluated = evaluate_run(root, config, progress)
+    if not (root / CSV).exists():
+        with locked(root / LOCKS / RECORD_LOCK, wait=None):  # so that the scores stay what they are
+            scores = read_scores(root)
+            curves(scores, root)
+            write_csv(scores, root / CSV)  # last: where it is, all is
     scores = read_scores(root)
     verdicts = tuple(verdict for gate in config.gates for verdict in judge(parse(gate), scores, reference))
-    if evaluated.pairs or not (root / CSV).exists():
-        write_csv(scores, root / CSV)
-        curves(scores, root)
     return Scorecard(root, evaluated, scores, verdicts)
 
 
@@ -155,7 +153,8 @@ def stored_metrics(root: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
             for metric, attrs in run.measured(label).items():
                 known.setdefault(metric, attrs)
     entries = [
-        {"name": attrs["metric"], "as": label, "preset": attrs["preset"], **json.loads(attrs["params"])}
+        {"name": attrs["metric"], "as": label, "preset": attrs.get("preset", PAPER)}
+        | json.loads(attrs.get("params", "{}"))
         for label, attrs in known.items()
     ]
     return entries, {key: attrs[key] for attrs in known.values() for key in SURROUNDINGS if key in attrs}

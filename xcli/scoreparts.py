@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from xcli.config import Config
-from xcli.durable import failpoint, locked, make_folder, shown, write_file, writing
+from xcli.durable import failpoint, locked, make_folder, refuse_links, shown, write_file, writing
 from xcli.errors import ConfigError, OutputLocked, OutputUnwritable
 from xcli.merge import EVALUATION_LOCK, LOCKS, RECORD_LOCK, build, current_layout
 from xcli.parts import Part, part_bytes
 from xcli.plan import Plan
+from xcli.provenance import makers
 from xcli.record import RESULTS, Saved
 from xcli.results import open_run
 from xcli.scoring import Pair, identity
 from xcli.summaries import add_summaries
 from xcli.survey import Piece, is_score, parts_of
 
+LOG = logging.getLogger(__name__)
 FOLDER, STATE = "evaluation", "evaluation.json"
 
 
@@ -39,8 +41,10 @@ class Work:
     def open(cls, root: Path, saved: Saved, plan: Plan) -> Work:
         """Go on with the evaluation that was begun, where it is this one; else begin it."""
         wanted = [[label, spec.label, identity(plan.config, spec)] for label, spec in plan.scoring.pairs]
-        told = json.dumps([wanted, saved.record.fingerprint, saved.digest])
-        folder = root / FOLDER / hashlib.sha256(told.encode()).hexdigest()[:16]
+        told = json.dumps([wanted, saved.record.fingerprint, saved.digest, makers(plan.device)])
+        name = hashlib.sha256(told.encode()).hexdigest()[:16]
+        refuse_links(root, (FOLDER, f"{FOLDER}/{name}"))
+        folder = root / FOLDER / name
         try:
             length = int(json.loads((folder / STATE).read_bytes())["length"])
         except (
@@ -50,6 +54,11 @@ class Work:
             TypeError,
         ):  # none was begun, or what is left of it cannot be used
             length = plan.part_length
+            if folder.is_dir():
+                discard(folder)
+            for older in begun(root, wanted):
+                LOG.warning("scores that other versions or another device began are made again")
+                discard(older)
             make_folder(folder)
             state = json.dumps({"pairs": wanted, "length": length}).encode()
             write_file(folder / STATE, state, folder / f"{STATE}.tmp", "evaluation")
@@ -112,25 +121,43 @@ def is_no_score(key: str) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Remove the parts of an evaluation that is through."""
+    """Remove the parts of an evaluation that is through, what it is last, so that a kill leaves no orphans."""
     with writing(folder):
-        failpoint("discard-evaluation")
-        shutil.rmtree(folder)
+        parts = sorted(path for path in folder.iterdir() if path.name != STATE)
+        for path in (*parts, folder / STATE):
+            failpoint("discard-evaluation")
+            path.unlink(missing_ok=True)
+        failpoint("discard-folder")
+        folder.rmdir()
         with suppress(OSError):  # others are unfinished
             folder.parent.rmdir()
 
 
+def begun(root: Path, wanted: object) -> list[Path]:
+    """Where scores of the pairs ``wanted`` were begun."""
+    return [folder for folder in sorted((root / FOLDER).glob("*/")) if pairs_of(folder) == wanted]
+
+
+def pairs_of(folder: Path) -> list[list[str]] | None:
+    """The pairs whose scores lie in ``folder``; ``None`` where that cannot be told."""
+    try:
+        found: list[list[str]] = json.loads((folder / STATE).read_bytes())["pairs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
+
+
 def tidy(root: Path) -> None:
-    """Remove what is left of evaluations whose scores are all in results.h5; nothing, while one is running."""
+    """Remove what is left of evaluations that had not begun or whose scores are all in results.h5; nothing, while one
+    is running."""
     folders = sorted((root / FOLDER).glob("*/"))
     if not folders:
+        with suppress(OSError):  # it is not there, as nearly always
+            (root / FOLDER).rmdir()
         return
     with suppress(OutputLocked, OutputUnwritable), locked(root / LOCKS / EVALUATION_LOCK):
         for folder in folders:
-            try:
-                pairs = json.loads((folder / STATE).read_bytes())["pairs"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
+            pairs = pairs_of(folder) or []
             with open_run(root) as run:
                 done = all(run.is_scored(*pair) for pair in pairs)
             if done:

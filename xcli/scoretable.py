@@ -22,16 +22,18 @@ from typing import Any, NamedTuple, TextIO
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from xcli.durable import make_folder, publish, removed_on_error, shown, writing
 from xcli.errors import ConfigError
 from xcli.intervals import Floats, Indices
 from xcli.parts import printable
-from xcli.record import RESULTS
 from xcli.registry import nearest
 from xcli.results import open_run
 
 CSV_ROWS = 4096
+OK, FLAT = 0, 1  # of /status; what else there is has no map
+Rows = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Column:
         identity: tells apart what is measured with another ground truth or other checkpoints; empty where unknown.
         values: (rows,), NaN where not defined; ``None`` where it is one number a run alone.
         summary: the number of the run; ``None`` where the mean of the values says it all.
+        broken: (rows,), whether what is explained, or the map, is not finite; ``None`` where the run does not say.
     """
 
     kind: str
@@ -52,10 +55,19 @@ class Column:
     values: Floats | None
     summary: float | None
     identity: str = ""
+    broken: Rows | None = None
 
     def take(self, rows: Indices) -> Column:
         """The column of these rows; the number of the run stays that of all."""
-        return replace(self, values=None if self.values is None else self.values[rows])
+        values = None if self.values is None else self.values[rows]
+        return replace(self, values=values, broken=None if self.broken is None else self.broken[rows])
+
+    @property
+    def wrong(self) -> Rows | None:
+        """(rows,), which rows say that something went wrong, other than those that are not defined."""
+        found = [] if self.broken is None else [self.broken]
+        found += [] if self.values is None else [np.isinf(self.values)]
+        return np.logical_or.reduce(found) if found else None
 
     def differs_from(self, other: Column) -> str:
         """In which way it is measured differently, such as ``steps 32 and 10``; empty where it is not."""
@@ -172,16 +184,12 @@ def read_scores(path: str | Path, name: str | None = None) -> ScoreTable:
     Raises:
         InputError: there is no finished run.
     """
-    with open_run(path) as run:
-        attrs = run.attrs
-    path = Path(path)
-    file = path / RESULTS if path.is_dir() else path
-    with h5py.File(file, "r") as stored:
+    with open_run(path) as run, run.reading() as stored:
         labels = {*stored.get("metrics", {}), *stored.get("summary", {})}
         return ScoreTable(
-            name if name is not None else shown(file.resolve().parent.name),
-            file,
-            attrs,
+            name if name is not None else shown(run.path.resolve().parent.name),
+            run.path,
+            run.attrs,
             list(stored["images/path"].asstr()[...]),
             stored["images/bytes"][...].tolist() if "images/bytes" in stored else (),
             np.asarray(stored["explanations/image"][...]),
@@ -197,6 +205,7 @@ def read_scores(path: str | Path, name: str | None = None) -> ScoreTable:
 
 def _columns(stored: h5py.File, label: str) -> Iterator[tuple[str, Column]]:
     rows, runs = (stored.get(f"{group}/{label}", {}) for group in ("metrics", "summary"))
+    broken = _broken(stored, label)
     for metric in sorted({*rows, *runs}):
         values, summary = rows.get(metric), runs.get(metric)
         attrs = (summary if values is None else values).attrs
@@ -210,8 +219,17 @@ def _columns(stored: h5py.File, label: str) -> Iterator[tuple[str, Column]]:
                     None if values is None else np.asarray(values[...]),
                     None if summary is None else float(summary[()]),
                     str(attrs.get("identity", "")),
+                    broken,
                 ),
             )
+
+
+def _broken(stored: h5py.File, label: str) -> Rows | None:
+    """Which rows have no number to explain, or no map of ``label``, for want of finite numbers."""
+    explained, maps = (stored.get(path) for path in ("explanations/status", f"status/{label}"))
+    found = [] if explained is None else [explained[...] != OK]
+    found += [] if maps is None else [~np.isin(maps[...], (OK, FLAT))]
+    return np.logical_or.reduce(found) if found else None
 
 
 def _is_baseline(stored: h5py.File, label: str) -> bool:
@@ -223,7 +241,7 @@ def _is_baseline(stored: h5py.File, label: str) -> bool:
 def curves_of(scores: ScoreTable) -> dict[str, list[str]]:
     """The metrics that have curves to draw, each with its methods."""
     found: dict[str, list[str]] = {}
-    with h5py.File(scores.file, "r") as stored:
+    with open_run(scores.file) as run, run.reading() as stored:
         for method, metric in scores.columns:
             if {metric, f"{metric}.fraction"} <= set(stored.get(f"curves/{method}", {})):
                 found.setdefault(metric, []).append(method)
@@ -232,7 +250,7 @@ def curves_of(scores: ScoreTable) -> dict[str, list[str]]:
 
 def read_curve(scores: ScoreTable, method: str, metric: str) -> Curve:
     """The curves of one metric and method."""
-    with h5py.File(scores.file, "r") as stored:
+    with open_run(scores.file) as run, run.reading() as stored:
         curves = stored[f"curves/{method}"]
         return Curve(np.asarray(curves[metric][...]), np.asarray(curves[f"{metric}.fraction"][...]))
 
@@ -241,15 +259,16 @@ def read_curve(scores: ScoreTable, method: str, metric: str) -> Curve:
 
 
 def write_csv(scores: ScoreTable, path: Path) -> None:
-    """Every value of every row as a line ``path,target,method,metric,value``; empty where not defined.
+    """Every value of every row as a line ``path,target,method,metric,value``; empty where not defined. One at a time.
 
     Raises:
         OutputUnwritable: ``path`` is then as before.
     """
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f"{path.name}.tmp")
     make_folder(path.parent)
     with writing(path), removed_on_error(tmp):
-        with tmp.open("w", encoding="utf-8", newline="") as file:
+        tmp.unlink(missing_ok=True)
+        with tmp.open("x", encoding="utf-8", newline="") as file:
             _write_lines(scores, file)
             file.flush()
             os.fsync(file.fileno())
@@ -259,7 +278,7 @@ def write_csv(scores: ScoreTable, path: Path) -> None:
 def _write_lines(scores: ScoreTable, file: TextIO) -> None:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(("path", "target", "method", "metric", "value"))
-    paths = printable(scores.paths)
+    paths = [cell(path) for path in printable(scores.paths)]
     columns = {key: column.values for key, column in scores.columns.items() if column.values is not None}
     for start in range(0, len(scores.image), CSV_ROWS):
         part = slice(start, start + CSV_ROWS)
@@ -268,6 +287,11 @@ def _write_lines(scores: ScoreTable, file: TextIO) -> None:
             zip(scores.image[part].tolist(), scores.target[part].tolist(), strict=True)
         ):
             writer.writerows((paths[image], target, *key, text[row]) for key, text in texts.items())
+
+
+def cell(text: str) -> str:
+    """A path or name as no spreadsheet takes it for a formula: ``./=x.png`` names the same file as ``=x.png``."""
+    return f"./{text}" if text[:1] in tuple("=+-@\t\r") else text
 
 
 def _texts(values: Floats) -> list[str]:

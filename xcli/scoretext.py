@@ -17,8 +17,8 @@ from rich.text import Text
 
 from xcli.intervals import Estimate, places, with_interval
 from xcli.leaderboard import Contest, Leaderboard, Standing, standings
-from xcli.parts import printable
 from xcli.scoretable import ScoreTable
+from xcli.visible import shown
 
 LOG_WIDTH = 100
 """Columns where the output is no terminal and COLUMNS does not say."""
@@ -240,7 +240,7 @@ def say(out: Console, *lines: str) -> None:
 
 def fitting(text: str, out: Console) -> str:
     """``text`` as the console's encoding can take it."""
-    return printable([text])[0].encode(out.encoding, "backslashreplace").decode(out.encoding)
+    return shown(text).encode(out.encoding, "backslashreplace").decode(out.encoding)
 
 
 def arrow(direction: str, out: Console) -> str:

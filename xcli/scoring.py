@@ -123,8 +123,12 @@ def scoring_of(
 
 
 def identity(config: Config, spec: MetricSpec) -> str:
-    """What a metric's numbers depend on beside the maps, as a hash: its options, the ground truth, checkpoints."""
+    """What a metric's numbers depend on beside the maps, as a hash: its options, the files that these name, the ground
+    truth, checkpoints."""
     told: dict[str, Any] = {"name": spec.name, "params": json.loads(json.dumps(spec.params))}
+    named = [value for value in spec.params.values() if isinstance(value, str) and Path(value).suffix]
+    if files := [content(name) for name in named if Path(name).is_file()]:
+        told["files"] = files
     if "truth" in spec.metric.consumes and (section := config.images.truth_section) is not None:
         how = section.model_dump(mode="json", exclude={"path"})
         told["truth"] = [how, content(section.path)]
@@ -211,7 +215,7 @@ def truth_of(
 
 
 def measured(
-    plan: Plan, score: Score, x: Tensor, maps: Mapping[str, Tensor], truth: Truth | None
+    plan: Plan, score: Score, x: Tensor, maps: Mapping[str, Tensor], truth: Truth | None, whole: Tensor
 ) -> dict[str, Tensor]:
     """The columns below ``metrics/`` and ``curves/`` of a batch.
 
@@ -219,6 +223,7 @@ def measured(
         score: N rows over the batch's images, in any unit.
         x: (B, C, H, W), as the network sees it.
         maps: of each method, (N, H, W) or (N, C, H, W), at any size; a baseline's are made here.
+        whole: (N,), whether the number that a row explains is finite; else nothing of it is measured.
     """
     models = tuple(score.using(module) for module in plan.scoring.models)
     shared = {"x": x, "score": score, "module": plan.model.module, "models": models, "truth": truth}
@@ -228,7 +233,7 @@ def measured(
             explain = partial(explained_by, spec, plan.size)
             map = maps[spec.label] if spec.label in maps else explain(score, x)
             map = flattened(spec, map, plan.size).to(x)
-            finite = map.isfinite().flatten(1).all(1)
+            finite = map.isfinite().flatten(1).all(1) & whole.to(map.device)
             offers = {**shared, "map": torch.where(finite[:, None, None], map, 0.0), "method": explain}
             for metric in metrics:
                 found = scored(metric, offers)
@@ -296,7 +301,8 @@ def practised(plan: Plan, score: Score, x: Tensor, maps: Mapping[str, Tensor]) -
     mask = torch.zeros(len(score.image), *plan.size, dtype=torch.bool, device=x.device)
     mask[:, top : plan.size[0] - top, left : plan.size[1] - left] = True
     known = torch.ones(len(mask), dtype=torch.bool, device=x.device)
-    found = measured(plan, score, x, maps, Truth(mask, known, torch.ones(len(mask), 2).to(x)))
+    truth = Truth(mask, known, torch.ones(len(mask), 2).to(x))
+    found = measured(plan, score, x, maps, truth, whole=known)
     tails: dict[str, dict[str, tuple[int, ...]]] = {}
     for label, metric in plan.scoring.pairs:
         prefix = f"{label}/{metric.label}"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as exceptions, so that every block on the way out is closed; held back where that must wait."""
+"""SIGINT, SIGTERM and SIGHUP as exceptions, so that blocks are closed on the way out; or held back to their end."""
 
 from __future__ import annotations
 
@@ -11,43 +11,55 @@ from types import FrameType
 
 from xcli.errors import Interrupted
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Asked to stop: by the keyboard, by the system, by the end of the session (a terminal that is closed)."""
+
+
+class Stopped(BaseException):
+    """A signal has come. No library takes this for an error of its own, as it would take an ``Exception``."""
+
 
 @dataclass
 class Signals:
-    """What SIGINT and SIGTERM do: raise ``Interrupted`` at once, or after a block that must not be left half-way."""
+    """What a signal does in a block: raise at once, or be remembered where the block must not be left half-way."""
 
-    waiting: bool = False
+    waits: bool
     caught: int | None = None
 
     def stop(self, signum: int, _frame: FrameType | None) -> None:
-        """The handler. A second signal ends the process at once."""
-        signal.signal(signum, signal.SIG_DFL)
-        if not self.waiting:
-            raise Interrupted(signum)
+        """The handler. A second SIGINT or SIGTERM ends the process at once; SIGHUP comes twice when a shell ends."""
+        for number in STOPPING:
+            if signal.getsignal(number) == self.stop:
+                signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         self.caught = signum
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let the block finish first: an exception in the middle of an HDF5 call would corrupt its state."""
-        self.waiting = True
-        try:
-            yield
-        finally:
-            self.waiting = False
-        if self.caught is not None:
-            raise Interrupted(self.caught)
+        if not self.waits:
+            raise Stopped
 
 
 @contextmanager
-def interruptible() -> Iterator[Signals]:
-    """SIGINT and SIGTERM raise ``Interrupted`` in here; the part that was being made is lost, nothing else."""
-    signals = Signals()
+def interruptible(*, at_end: bool = False) -> Iterator[None]:
+    """Signals end this block with ``Interrupted``, whatever else they lead to in it: what was being made is lost,
+    nothing else. A signal that is ignored stays so (``nohup``, a job in the background of a script).
+
+    Args:
+        at_end: let the block finish first: an exception in the middle of an HDF5 call would corrupt its state.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield signals
+        yield
         return
-    before = {number: signal.signal(number, signals.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = Signals(at_end)
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number, handler in before.items():
+        if handler not in (signal.SIG_IGN, None):  # None: set by other code than Python's
+            signal.signal(number, signals.stop)
     try:
-        yield signals
+        yield
+    except Stopped:
+        if signals.caught is None:  # that of a block around this one
+            raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
+        if signals.caught is not None:
+            raise Interrupted(signals.caught) from None

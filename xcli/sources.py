@@ -1,18 +1,16 @@
 """Where models come from: one small function a source, each ``ModelSpec -> Built``.
 
-Only ``factory`` runs code that its user wrote. An exported program is data with a graph of known operators; pickled
-objects in it are refused, yet PyTorch itself advises to load only programs one trusts.
+Only ``factory`` runs code that its user wrote. An exported program is data with a graph of known operators; what in it
+would run code is refused (``programs``), yet PyTorch itself advises to load only programs one trusts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import logging
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,8 @@ from torch import nn
 from xcli.errors import ModelError, XaiError
 from xcli.factory import BlackBox, call, seeded
 from xcli.preprocess import Preprocess
-from xcli.weights import SUFFIXES, fill, load_weights, read_state_dict, refuse_code
+from xcli.programs import load_program
+from xcli.weights import SUFFIXES, fill, load_weights, read_state_dict
 
 Source = Literal["demo", "torchvision", "timm", "factory", "exported"]
 
@@ -231,45 +230,7 @@ def exported(spec: ModelSpec) -> Built:
     """A program saved by ``torch.export.save``, unflattened so that its modules take hooks."""
     if spec.weights != "DEFAULT":
         raise ModelError("an exported program carries its own weights; leave `weights` out")
-    refuse_code(spec.name)
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    try:
-        logger.setLevel(logging.CRITICAL)
-        program = torch.export.load(spec.name)
-    except (RuntimeError, OSError, ValueError, KeyError, AssertionError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{spec.name} cannot be read as an exported program: {reason}") from error
-    finally:
-        logger.setLevel(level)
-    _check_program(program, spec.name)
-    return Built(torch.export.unflatten(program), None, (), spec.name)
-
-
-def _check_program(program: torch.export.ExportedProgram, name: str) -> None:
-    """Refuse a fixed batch size and layers that were exported in training mode."""
-    inputs = [
-        n
-        for n in program.graph.nodes
-        if n.op == "placeholder" and n.name in program.graph_signature.user_inputs
-    ]
-    shapes = [n.meta["val"].shape for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)]
-    if len(shapes) != 1 or len(shapes[0]) != 4:
-        raise ModelError(
-            f"{name} does not take one batch of images, but {[tuple(map(str, s)) for s in shapes]}"
-        )
-    if isinstance(shapes[0][0], int):
-        raise ModelError(
-            f"{name} was exported for batches of exactly {shapes[0][0]}; export it with a dynamic batch: "
-            "torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))"
-        )
-    training = {"dropout.default": 2, "batch_norm.default": 5}
-    for node in program.graph.nodes:
-        position = training.get(str(node.target).removeprefix("aten."))
-        if position is not None and len(node.args) > position and node.args[position] is True:
-            raise ModelError(
-                f"{name} was exported in training mode; call model.eval() before torch.export.export"
-            )
+    return Built(load_program(spec.name), None, (), spec.name)
 
 
 def is_file_name(weights: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Literal, cast
 
 import numpy as np
 
+from xcli.breadcrumbs import forget
 from xcli.durable import (
     failpoint,
     held_by_another,
@@ -24,12 +25,14 @@ from xcli.durable import (
     locked,
     make_folder,
     publish,
+    refuse_links,
     write_file,
     writing,
 )
 from xcli.errors import ConfigError
 from xcli.inputs import Source as Input
 from xcli.merge import (
+    DERIVED,
     EVALUATION_LOCK,
     LOCKS,
     RECORD_LOCK,
@@ -76,7 +79,7 @@ __all__ = [
 
 Shard = tuple[int, int]  # (I, N), I from 1
 PICTURES = ("overlays", "heatmaps", "panels")
-SCORES = ("evaluation", "metrics.csv", "curves-*.png")
+SCORES = ("evaluation", *DERIVED)
 """What an evaluation leaves beside results.h5."""
 
 OPEN_WAIT = 10.0  # seconds to wait for another process that starts or merges
@@ -135,6 +138,7 @@ def open_store(
         ConfigError: as ``peek``. InputError: no image. OutputUnwritable: the directory cannot be written.
     """
     root = Path(root)
+    refuse_links(root, (PARTS, LOCKS, *(() if fresh else ("evaluation", *PICTURES))))
     if not 1 <= shard[0] <= shard[1]:
         raise ConfigError(f"shard {shard[0]}/{shard[1]}: give I/N with I from 1 to N")
     with ExitStack() as stack:
@@ -163,6 +167,11 @@ class Store:
     def inputs(self) -> tuple[Input, ...]:
         """The images in the order of /images, which ``todo`` slices; not always the order given."""
         return self.saved.inputs
+
+    @property
+    def name(self) -> str:
+        """What the files of this shard are called."""
+        return named(self.shard)
 
     def todo(self) -> list[tuple[int, slice]]:
         """The parts of this shard that are not committed: their numbers and their rows of ``inputs``."""
@@ -221,6 +230,7 @@ def _settle(
         _remove_run(root)
     saved = load(root)
     if saved is None:
+        forget(root / LOCKS)
         return create(root, record, inputs)
     added = additions(root, saved, record.fingerprint, inputs)
     if not added:
@@ -288,7 +298,12 @@ def _remove(path: Path) -> None:
 
 
 def _lock_path(root: Path, shard: Shard) -> Path:
-    return root / LOCKS / f"{shard[0]}-of-{shard[1]}.lock"
+    return root / LOCKS / f"{named(shard)}.lock"
+
+
+def named(shard: Shard) -> str:
+    """What the files of a shard are called."""
+    return f"{shard[0]}-of-{shard[1]}"
 
 
 def _refuse_company(root: Path, shard: Shard, *, same_count: bool = False) -> None:

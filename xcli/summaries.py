@@ -20,7 +20,7 @@ def add_summaries(out: h5py.File) -> None:
         attrs = (curve if values is None else values).attrs
         if "metric" not in attrs:  # a further number of a metric, or the abscissa of its curve
             continue
-        metric = build_metric({"name": attrs["metric"], **json.loads(attrs["params"])})
+        metric = build_metric({"name": attrs["metric"], **json.loads(attrs.get("params", "{}"))})
         number = metric.summary(
             None if values is None else values[...],
             None if curve is None else curve[...],
@@ -28,5 +28,5 @@ def add_summaries(out: h5py.File) -> None:
         )
         if number is not None:
             dataset = out.create_dataset(f"summary/{path}", data=float(number))
-            for name in COPIED:
+            for name in (name for name in COPIED if name in attrs):
                 dataset.attrs[name] = attrs[name]

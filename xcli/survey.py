@@ -17,8 +17,9 @@ import numpy as np
 
 from xcli.durable import shown
 from xcli.errors import ConfigError
-from xcli.parts import Compression, axis, compression_of, create, is_map, printable
+from xcli.parts import FILTERS, Compression, axis, compression_of, create, is_map, printable
 from xcli.record import Saved, part_path
+from xcli.soundness import Unsound, damage, opened
 
 Layout = Literal["merged", "parts"]
 
@@ -104,14 +105,18 @@ class Survey:
 
     def _read(self, piece: Piece, row: int, saved: Saved) -> int:
         """Take a piece in and return how many rows it has."""
-        with reading(piece.path) as file:
+        with reading(piece.path) as file, refusing(piece.path), damage():
             paths = printable(item.path for item in saved.inputs[piece.images])
             if (
                 file.attrs.get("fingerprint") != saved.record.fingerprint
                 or texts(file["images/path"]) != paths
             ):
                 raise _foreign(piece.path)
-            rows = len(file["explanations/image"])
+            owners = file["explanations/image"][...]
+            rows, last = len(owners), piece.images.stop
+            inside = rows == 0 or piece.images.start <= owners[0] <= owners[-1] < last
+            if not (inside and (owners[1:] >= owners[:-1]).all()):
+                raise _foreign(piece.path)
             place = Place(piece, piece.images.start, row, len(paths), rows)
             self.places.append(place)
             found = [(key, dataset) for key, dataset in datasets(file) if piece.keeps(key)]
@@ -129,6 +134,8 @@ class Survey:
         return name if self.identities.setdefault(name, identity) != identity else ""
 
     def _add(self, place: Place, key: str, dataset: h5py.Dataset) -> None:
+        if is_map(key) and not dataset.is_virtual and len(dataset) and not is_copyable(dataset):
+            raise Unsound(f"/{key} is not stored as xai stores maps, one a chunk")
         seen = ColumnPlan(dataset.shape[1:], dataset.dtype, compression_of(dataset), dict(dataset.attrs))
         plan = self.columns.setdefault(key, seen)
         if (plan.tail, plan.dtype, plan.compression) != (seen.tail, seen.dtype, seen.compression):
@@ -209,6 +216,13 @@ class Survey:
         return layout
 
 
+def is_copyable(maps: h5py.Dataset) -> bool:
+    """Whether the chunks of ``maps`` can be copied as they are: one a map, and filtered as ``compression`` says."""
+    plist = maps.id.get_create_plist()
+    filters = [plist.get_filter(number)[0] for number in range(plist.get_nfilters())]
+    return maps.chunks == (1, *maps.shape[1:]) and filters in FILTERS
+
+
 def _empty(dtype: np.dtype[Any]) -> float:
     return np.nan if dtype.kind == "f" else 0
 
@@ -235,15 +249,22 @@ def _foreign(path: Path) -> ConfigError:
 
 @contextmanager
 def reading(path: Path) -> Iterator[h5py.File]:
-    """Open ``path``; raises ``ConfigError`` where it is no sound HDF5 file."""
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise ConfigError(
-            f"{shown(path)} cannot be read ({error}); remove it and run the same command again, or use --fresh"
-        ) from error
+    """Open ``path``; raises ``ConfigError`` where it is no sound file of a run."""
+    with refusing(path):
+        file = opened(path)
     with file:
         yield file
+
+
+@contextmanager
+def refusing(path: Path) -> Iterator[None]:
+    """Turn ``Unsound`` of the block into ``ConfigError`` for ``path``."""
+    try:
+        yield
+    except Unsound as error:
+        raise ConfigError(
+            f"{shown(path)} cannot be read: {error}; remove it and run the same command again, or use --fresh"
+        ) from error
 
 
 def datasets(file: h5py.File) -> list[tuple[str, h5py.Dataset]]:

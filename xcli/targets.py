@@ -47,6 +47,7 @@ class ClassRows:
     """Rows of a classifier: row i explains class ``target[i]`` of image ``image[i]``.
 
     A model with a single logit is binary: its probability is the logistic function of it, its contrast the logit.
+    Class -1 is the predicted one of an image whose probabilities are not finite: none can be told (``decided``).
     """
 
     image: Tensor
@@ -58,6 +59,10 @@ class ClassRows:
         logits = self.logits(outputs)
         device = logits.device
         return in_scale(logits[copy.to(device)], self.target[row].to(device), self.scale)
+
+    def decided(self) -> ClassRows:
+        """The same with class 0 where none can be told, so that passes can run; what they give there means nothing."""
+        return replace(self, target=self.target.clamp_min(0))
 
     def scaled(self, scale: Scale) -> ClassRows:
         return replace(self, scale=scale)
@@ -143,6 +148,11 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
+def tells(logits: Tensor) -> Tensor:
+    """Whether a class can be told from each row of logits (B, L): (B,), false where a probability is not finite."""
+    return probabilities(logits).isfinite().all(1)
+
+
 @dataclass(frozen=True)
 class Predicted:
     """The class with the highest logit."""
@@ -150,7 +160,8 @@ class Predicted:
     most: ClassVar[int] = 1
 
     def classes(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
-        return [[best] for best in logits.argmax(1).tolist()]
+        best = torch.where(tells(logits), logits.argmax(1), -1)
+        return [[one] for one in best.tolist()]
 
 
 @dataclass(frozen=True)
@@ -194,6 +205,8 @@ class Top:
         probability, index = probabilities(logits).topk(min(self.k, logits.shape[1]), dim=1)
         kept = probability >= self.above
         kept[:, 0] = True
+        index[:, 0] = torch.where(told := tells(logits), index[:, 0], -1)
+        kept[:, 1:] &= told[:, None]
         return [
             [i for i, keep in zip(own, mask, strict=True) if keep]
             for own, mask in zip(index.tolist(), kept.tolist(), strict=True)
@@ -234,7 +247,7 @@ def resolve(
     """The rows of a batch: each image's classes in the order of ``targets``, a class at most once an image.
 
     Args:
-        logits: (B, L), from one forward pass.
+        logits: (B, L), from one forward pass; where no class can be told from them, the predicted ones are -1.
         labels: (B,) class indices, -1 where there is none.
         output: the name of the output that holds the logits, where it cannot be found by itself.
     """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
+import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from xcli.errors import ModelError
+from xcli.visible import shown
+
+LOG = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 """Kinds of file that are read."""
@@ -25,6 +27,9 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_ema", "ema")
 _PREFIXES = ("module.", "model.")  # DataParallel, Lightning
 _SHOWN = 10
+_DEEPEST = 10
+_GROWTH, _FREE = 20, 64 << 20
+"""How much larger than its file what a checkpoint holds may be, and bytes that any may hold."""
 _DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$")
 
 
@@ -40,11 +45,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     file = Path(path)
     if not file.is_file():
-        raise ModelError(f"there is no weights file {file}")
+        raise ModelError(
+            f"there is no weights file {shown(file)}"
+            if not file.exists()
+            else f"{shown(file)} is not a regular file"
+        )
     if file.suffix.lower() not in SUFFIXES:
-        raise ModelError(f"{file}: weights are read from {', '.join(SUFFIXES)} files")
+        raise ModelError(f"{shown(file)}: weights are read from {', '.join(SUFFIXES)} files")
     content = _safetensors(file) if file.suffix.lower() == ".safetensors" else _pickled(file)
     tensors = _unwrapped(content, file)
+    _refuse_strange(tensors, file)
     return {short: tensors[name] for name, short in short_names(tensors).items()}
 
 
@@ -75,7 +85,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
         _listed("of another shape", wrong),
     ]
     if any(problems):
-        raise ModelError(f"{source} does not fit the model:\n" + "\n".join(filter(None, problems)))
+        raise ModelError(f"{shown(source)} does not fit the model:\n" + "\n".join(filter(None, problems)))
+    _warn_of_nan(module, source)
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -103,26 +114,69 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise ModelError(f"{shown(file)} is damaged or no safetensors file: {error}") from error
     return tensors
+
+
+def refuse_bomb(file: Path) -> None:
+    """Raise ``ModelError`` for an archive that says it holds far more than its size: PyTorch would unpack it all."""
+    with zipfile.ZipFile(file) as archive:
+        claimed = sum(member.file_size for member in archive.infolist())
+    _refuse_claim(file, claimed)
+
+
+def _refuse_claim(file: Path, claimed: int) -> None:
+    size = file.stat().st_size
+    if claimed > _FREE + _GROWTH * size:
+        raise ModelError(
+            f"{shown(file)} has {size} bytes and claims to hold {claimed}; it is damaged or made to fill memory"
+        )
+
+
+def _refuse_strange(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Raise ``ModelError`` for tensors that are no plain numbers, or larger than what is stored of them."""
+    for name, value in tensors.items():
+        strided = value.layout is torch.strided and not value.is_quantized and not value.is_meta
+        if not strided or value.is_complex():
+            kind = "quantized" if value.is_quantized else "without data" if value.is_meta else value.dtype
+            raise ModelError(
+                f"{shown(file)}: {shown(name)} is {kind if value.layout is torch.strided else value.layout}; "
+                "weights are plain real numbers: save model.state_dict() of the float model"
+            )
+    _refuse_claim(file, sum(value.numel() * value.element_size() for value in tensors.values()))
+
+
+def _warn_of_nan(module: nn.Module, source: str) -> None:
+    bad = [name for name, value in module.named_parameters() if not bool(torch.isfinite(value).all())]
+    if bad:
+        LOG.warning(
+            "%s: %d of its tensors hold values that are not finite (the first is %s); maps will not be finite either",
+            source,
+            len(bad),
+            bad[0],
+        )
 
 
 def _pickled(file: Path) -> Any:
     try:
+        with file.open("rb") as data:
+            zipped = data.read(4) == b"PK\3\4"
+        if zipped:
+            refuse_bomb(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if re.search("GLOBAL|[Uu]nsupported|disallow", str(error)):
             raise ModelError(_holds_code(file, str(error))) from error
-        raise ModelError(f"{file} is damaged or no PyTorch checkpoint") from error
+        raise ModelError(f"{shown(file)} is damaged or no PyTorch checkpoint") from error
     except RuntimeError as error:
         if "TorchScript" in str(error):
             raise ModelError(_holds_code(file, "TorchScript program")) from error
-        raise ModelError(f"{file} is damaged or no PyTorch checkpoint: {_first_line(error)}") from error
-    except _DAMAGED as error:
-        raise ModelError(f"{file} is damaged or no PyTorch checkpoint: {_first_line(error)}") from error
+        raise ModelError(f"{shown(file)} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
+    except DAMAGED as error:
+        raise ModelError(f"{shown(file)} is damaged or no PyTorch checkpoint: {first_line(error)}") from error
 
 
-_DAMAGED = (
+DAMAGED = (
     EOFError,
     OSError,
     ValueError,
@@ -139,24 +193,30 @@ def _holds_code(file: Path, reason: str) -> str:
     found = re.search(r"GLOBAL:? ([\w.]+)", reason)
     what = f"a Python object ({found[1]})" if found else reason if "Script" in reason else "Python objects"
     return (
-        f"{file} holds code: {what}, not only tensors, and reading that could run anything. "
+        f"{shown(file)} holds code: {what}, not only tensors, and reading that could run anything. "
         "In the program that wrote it, save `model.state_dict()` alone: torch.save(model.state_dict(), 'weights.pt') "
         "or safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
     )
 
 
 def _unwrapped(content: Any, file: Path) -> dict[str, Tensor]:
-    while isinstance(content, Mapping) and not all(isinstance(value, Tensor) for value in content.values()):
+    for _ in range(_DEEPEST):  # a dict may hold itself
+        if not isinstance(content, Mapping) or all(isinstance(value, Tensor) for value in content.values()):
+            break
         inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
-            keys = ", ".join(map(str, list(content)[:_SHOWN]))
+            keys = ", ".join(shown(str(key)[:100]) for key in list(content)[:_SHOWN])
             raise ModelError(
-                f"{file} is no state dict, nor holds one under {', '.join(_WRAPPERS)}; it has: {keys}"
+                f"{shown(file)} is no state dict, nor holds one under {', '.join(_WRAPPERS)}; it has: {keys}"
             )
         content = inner
     if not isinstance(content, Mapping) or not content:
         kind = "is empty" if isinstance(content, Mapping) else f"holds a {type(content).__name__}"
-        raise ModelError(f"{file} {kind}; a dict of tensors by name is needed")
+        raise ModelError(f"{shown(file)} {kind}; a dict of tensors by name is needed")
+    if not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(
+            f"{shown(file)} is nested more than {_DEEPEST} deep; a dict of tensors by name is needed"
+        )
     averaged = "n_averaged" in content and all(
         key.startswith("module.") for key in content if key != "n_averaged"
     )
@@ -171,42 +231,8 @@ def _modern(key: str, own: Mapping[str, Tensor]) -> str:
 
 def _listed(title: str, names: list[str]) -> str:
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"  {len(names)} {title}: {', '.join(names[:_SHOWN])}{more}" if names else ""
+    return f"  {len(names)} {title}: {', '.join(map(shown, names[:_SHOWN]))}{more}" if names else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def refuse_code(path: str | Path) -> None:
-    """Raise where an exported program (.pt2) holds pickles that would run code as it is loaded.
-
-    Raises:
-        ModelError: it does, or the file is missing, or no archive.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ModelError(f"there is no exported program {file}")
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for member in archive.namelist():
-                for pickled in _pickles(archive, member):
-                    torch.load(io.BytesIO(pickled), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(f"{file} holds code: {member} is a pickled object, not only tensors") from error
-    except (zipfile.BadZipFile, RuntimeError, *_DAMAGED) as error:
-        raise ModelError(f"{file} is damaged or no exported program: {_first_line(error)}") from error
-
-
-def _pickles(archive: zipfile.ZipFile, member: str) -> Iterator[bytes]:
-    """What PyTorch unpickles of one member of an exported program."""
-    folder, _, name = member.rpartition("/")
-    if name.startswith(("custom_obj", "opaque_obj")):
-        raise pickle.UnpicklingError(name)
-    if name.endswith("_config.json"):
-        entries = json.loads(archive.read(member)).get("config", {})
-        for entry in entries.values():
-            if entry.get("use_pickle"):
-                yield archive.read(f"{folder}/{entry['path_name']}")
-    elif name.endswith(".pt") and (content := archive.read(member)):
-        yield content

@@ -169,7 +169,7 @@ def test_maps_do_not_depend_on_how_a_network_calls_its_operations(how):
 def test_an_exported_program_gives_the_same_map():
     net = Spelled(plain)
     batch = torch.export.Dim("batch", min=1, max=8)
-    exported = torch.export.export(net, (X,), dynamic_shapes={"x": {0: batch}}).module()
+    exported = torch.export.export(net, (X,), dynamic_shapes={"x": {0: batch}}, strict=False).module()
     assert_close(exported(X), net(X), **EXACT)
     assert_close(lrp(exported).map, lrp(net).map, **EXACT)
 

@@ -56,5 +56,15 @@ for _command in COMMANDS:  # a command registers by being imported
 def main() -> None:
     """Run the command line; exits with the codes of the README."""
     from xcli.cli.exits import guarded
+    from xcli.cli.streams import steady
+    from xcli.signals import interruptible
 
-    sys.exit(guarded(app))
+    def run() -> None:
+        try:
+            with interruptible():
+                app()
+        finally:
+            sys.stdout.flush()
+
+    steady()
+    sys.exit(guarded(run))

@@ -23,6 +23,7 @@ def check(
     from xcli.config import load_config
     from xcli.images import find_images
     from xcli.overrides import Changes
+    from xcli.visible import shown
 
     loaded = load_config(
         config, Changes(overrides=set or (), methods=methods, inputs=input or (), device=device)
@@ -32,4 +33,4 @@ def check(
         print_json(report.as_json())
     else:
         for line in report.lines():
-            print(line)
+            print(shown(line))

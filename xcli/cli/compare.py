@@ -70,16 +70,15 @@ def compare(
 def score_baselines(run: Path, metrics: list[str] | None) -> bool:
     """Score the baselines of a run with the metrics that it has, where that is not done yet; whether images failed."""
     from xcli.errors import ConfigError, InputError, ModelError, OutputUnwritable
-    from xcli.progress import reporter
+    from xcli.progress import listen, reporter
     from xcli.scorecard import add_baselines
     from xcli.tuning import keep_freed_memory
 
+    listen()
     keep_freed_memory()
     try:
         done = add_baselines(run if run.is_dir() else run.parent, reporter(quiet=False), metrics)
     except (ConfigError, InputError, ModelError, OutputUnwritable) as error:
         cure = f"the baselines of {run} are not scored yet, for which its model has to run"
         raise type(error)(f"{error}\n{cure}; --no-baselines compares without them") from None
-    for path, reason in list(done.failed.items())[:5]:
-        typer.echo(f"{run}: {path} could not be scored: {reason}", err=True)
     return bool(done.failed)

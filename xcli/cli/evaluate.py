@@ -57,13 +57,13 @@ def evaluate(
 
     A gate that does not hold ends in exit code 4.
     """
-    from xcli.cli.explain import logged, reported
+    from xcli.cli.explain import reported
     from xcli.errors import ConfigError
     from xcli.overrides import Changes
-    from xcli.progress import reporter
+    from xcli.progress import listen, reporter
     from xcli.tuning import keep_freed_memory
 
-    logged(verbose)
+    listen(quiet=quiet, verbose=verbose)
     changes = Changes(
         overrides=set or (), metrics=metrics, inputs=input or (), output=output, device=device,
         gates=gate or (), against=against, baselines=baselines,

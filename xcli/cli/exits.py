@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
-from xcli.errors import XaiError
+from xcli.errors import OutputUnwritable, XaiError
 
 INTERNAL = 1
 REPORT = "this is a bug in xai, not in your input; please report it with the lines above"
@@ -26,10 +28,9 @@ def guarded(run: Callable[[], object]) -> int:
     except XaiError as error:
         say_error(str(error))
         if "--json" in sys.argv[1:]:
-            print(
-                json.dumps({"status": "error", "exit_code": error.exit_code, "message": str(error)}),
-                flush=True,
-            )
+            told = {"status": "error", "exit_code": error.exit_code, "message": str(error)}
+            with suppress(OutputUnwritable, BrokenPipeError):  # the exit code tells it, too
+                print(json.dumps(told), flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         say_error("interrupted")
@@ -50,7 +51,13 @@ def reader_left() -> int:
 
 
 def say_error(text: str) -> None:
-    """``xai: error:`` and the text; each further line as it is, so that file:line:column starts a line."""
-    first, *rest = text.splitlines() or [""]
-    lines = [f"xai: error: {first}", *rest] if not rest else ["xai: error:", first, *rest]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    """The text as an error of the terminal or of the log; several lines follow as they are, so that file:line:column
+    starts a line."""
+    from xcli.durable import shown
+    from xcli.progress import stamp
+
+    begin = "xai: error:" if sys.stderr.isatty() else stamp(time.time(), "ERROR")
+    lines = [shown(line) for line in text.split("\n")]
+    print(
+        f"{begin} {lines[0]}" if len(lines) == 1 else "\n".join([begin, *lines]), file=sys.stderr, flush=True
+    )

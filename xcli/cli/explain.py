@@ -23,6 +23,8 @@ from xcli.cli.options import (
     print_json,
 )
 
+LOG = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from xcli.pipeline import Summary
     from xcli.scorecard import Scorecard
@@ -64,8 +66,9 @@ def explain(
     from xcli.errors import ConfigError
     from xcli.images import find_images
     from xcli.overrides import Changes
+    from xcli.progress import listen, reporter
 
-    logged(verbose)
+    listen(quiet=quiet, verbose=verbose)
     part = shard_of(shard)
     if fresh and part[1] > 1:
         raise ConfigError(
@@ -87,7 +90,6 @@ def explain(
         else:
             print(f"{loaded.text()}\n# {len(sources)} images -> {folder}")
         return
-    from xcli.progress import reporter
     from xcli.scorecard import explain_and_score
     from xcli.tuning import keep_freed_memory
 
@@ -96,13 +98,6 @@ def explain(
         loaded, sources, reporter(quiet=quiet), shard=part, fresh=fresh, update=update
     )
     raise typer.Exit(reported(summary, card, as_json=as_json, quiet=quiet))
-
-
-def logged(verbose: bool) -> None:
-    """Let the library talk where ``--verbose`` asks for it."""
-    if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s")
-        logging.getLogger("xcli").setLevel(logging.INFO)
 
 
 def reported(summary: Summary | None, card: Scorecard | None, *, as_json: bool, quiet: bool) -> int:
@@ -118,12 +113,8 @@ def reported(summary: Summary | None, card: Scorecard | None, *, as_json: bool, 
         whole = {**told, **(summary.as_json() if summary else {}), **(card.as_json() if card else {})}
         print_json({**whole, "exit_code": code})
         return code
-    texts = [
-        *((failures if quiet else sentences)(summary) if summary else []),
-        *(card.failures() if card else []),
-    ]
-    for line in texts:
-        typer.echo(line, err=True)
+    if summary is not None:
+        tell(summary)
     if card is not None:
         show_scores(card, quiet=quiet)
     return code
@@ -141,8 +132,9 @@ def show_scores(card: Scorecard, *, quiet: bool) -> None:
     for line, verdict in verdicts:
         if not (quiet and verdict.passed):
             print(line)
-    if not quiet:
-        typer.echo(str(card.root / "metrics.csv"), err=True)
+    if card.evaluated.failed:
+        LOG.warning("%d images could not be scored; mend them and run this again", len(card.evaluated.failed))
+    LOG.info("scores are in %s", card.root / "metrics.csv")
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -155,31 +147,24 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(first), int(count)
 
 
-def failures(summary: Summary) -> list[str]:
-    """Which images failed and why: the first five."""
-    if not summary.failed:
-        return []
-    some = [f"  {path}: {reason}" for path, reason in list(summary.failures.items())[:5]]
-    more = f"  ... and {summary.failed - len(some)} more, in /images/error of results.h5"
-    what = "1 image failed:" if summary.failed == 1 else f"{summary.failed} images failed:"
-    return [what, *some, *([more] if summary.failed > len(some) else [])]
-
-
-def sentences(summary: Summary) -> list[str]:
-    """The end of a run for a reader."""
+def tell(summary: Summary) -> None:
+    """The end of a run: what was done, what went wrong and what to do next."""
     if summary.results is None:
-        return [
-            f"{summary.status}: {summary.output}; when all shards are through: xai merge {summary.output}"
-        ]
+        LOG.info("%s: %s; when all are through: xai merge %s", summary.status, summary.output, summary.output)
     rate = (
         f" in {summary.seconds:.1f} s ({summary.images_per_second:.1f} images/s)"
         if summary.status == "done"
         else ""
     )
-    lines = [f"{summary.status}: {summary.explanations} explanations of {summary.images} images{rate}"]
-    lines += failures(summary)
-    for what, counts in (("flat", summary.flat), ("not finite", summary.not_finite)):
-        some = {name: count for name, count in counts.items() if count}
-        if some:
-            lines.append(f"{what} maps: " + ", ".join(f"{name} {count}" for name, count in some.items()))
-    return [*lines, summary.results]
+    if summary.failed:
+        LOG.warning(
+            "%d of %d images failed: why is in /images/error of results.h5; mend them and explain again "
+            "with --fresh",
+            summary.failed,
+            summary.images,
+        )
+    if flat := ", ".join(f"{name} {count}" for name, count in summary.flat.items() if count):
+        LOG.warning("flat maps: %s; which is in /status of results.h5", flat)
+    if summary.results is not None:
+        counted = f"{summary.explanations} explanations of {summary.images} images"
+        LOG.info("%s: %s%s: %s", summary.status, counted, rate, summary.results)

@@ -48,9 +48,12 @@ def layers(
 
 def line(row: Row, wide: int, kinds: int) -> str:
     """One module: indented name, class, output shape of one image, map size."""
+    from xcli.visible import shown
+
     name = "  " * row.depth + row.name.rsplit(".", 1)[-1]
     shape = "x".join(map(str, row.shape)) if row.shape else ("not run" if not row.calls else "-")
     grid = f"map {row.grid.h}x{row.grid.w}" if row.grid else ""
     calls = f"runs {row.calls} times" if row.calls > 1 else ""
     notes = ", ".join(note for note in (grid, calls) if note)
-    return f"{'*' if row.default else ' '} {name:<{wide}}{row.kind:<{kinds}}{shape:<16}{notes}".rstrip()
+    name, kind = shown(name), shown(row.kind)  # those of an exported program are text of a file
+    return f"{'*' if row.default else ' '} {name:<{wide}}{kind:<{kinds}}{shape:<16}{notes}".rstrip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,7 @@ def _rows(file: str) -> tuple[list[dict[str, str]], Sequence[str]]:
     try:
         text = os.fsdecode(Path(file).read_bytes().removeprefix(b"\xef\xbb\xbf"))
         first = text.lstrip().partition("\n")[0]
-        table = csv.reader(text.splitlines(keepends=True), delimiter=max(",;\t", key=first.count))
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
         cells = [[cell.strip() for cell in row] for row in table if any(row)]
     except (OSError, csv.Error) as error:
         raise ConfigError(f"{file}: not a readable table: {error}") from error

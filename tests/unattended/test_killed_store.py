@@ -283,6 +283,11 @@ def test_a_disk_that_fills_during_the_merge_leaves_the_old_results(children, pla
 
 
 @pytest.mark.soak
+@pytest.mark.case(
+    "SIGKILL at every fail-point of explain, evaluate and merge (500+ kills)",
+    "what was reported as written is there; the same command ends as if nothing had been",
+    "",
+)
 @pytest.mark.parametrize(
     ("options", "before", "check"),
     [
