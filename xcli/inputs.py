@@ -14,6 +14,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Literal, NamedTuple, TextIO
 
+from xcli import visible
 from xcli.contents import Stamp
 from xcli.errors import InputError
 
@@ -88,7 +89,9 @@ def find_images(
         try:
             given = _input(path, stdin or sys.stdin, alone=len(paths) == 1)
             if labels == "manifest" and not given.labelled:
-                raise InputError(f"{path}: labels: manifest needs a .csv with the columns path and label")
+                raise InputError(
+                    f"{visible.shown(path)}: labels: manifest needs a .csv with columns path and label"
+                )
             prefix = _unused(given.name, names) + "/" if given.name and len(paths) > 1 else ""
             for one in given.found:
                 _add(
@@ -99,7 +102,7 @@ def find_images(
                     labels,
                 )
         except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+            raise InputError(f"{visible.shown(path)}: cannot be read: {error.strerror or error}") from error
     if not found:
         searched, suffixes = ", ".join(map(repr, paths)) or "an empty list", " ".join(sorted(SUFFIXES))
         raise InputError(f"no image found in {searched}; in folders and globs these count: {suffixes}")
@@ -167,7 +170,7 @@ def _input(path: str, stdin: TextIO, *, alone: bool) -> _Input:
             return _Input(here.stem, _listed(_lines(path, here.read_bytes()), here.parent))
         return _Input("", [_Found(here.name if alone else path, path, None, here.stat())])
     if here.exists():
-        raise InputError(f"{path}: neither a file nor a folder")
+        raise InputError(f"{visible.shown(path)}: neither a file nor a folder")
     if has_magic(path):
         return _glob(path)
     raise InputError(_absent(here))
@@ -269,7 +272,7 @@ def _table(manifest: Path) -> tuple[list[tuple[str, str | None]], bool]:
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(row)]
     except csv.Error as error:
-        raise InputError(f"{manifest}: not a readable table: {error}") from error
+        raise InputError(f"{visible.shown(manifest)}: not a readable table: {error}") from error
     header = [cell.strip().lower() for cell in rows[0]] if rows else []
     path, label = 0, 1 if len(header) > 1 else None
     column = next((name for name in _PATH_COLUMNS if name in header), None)
@@ -278,7 +281,9 @@ def _table(manifest: Path) -> tuple[list[tuple[str, str | None]], bool]:
         rows = rows[1:]
     for row in rows:
         if len(row) <= max(path, label or 0) or not row[path]:
-            raise InputError(f"{manifest}: a row lacks a path or a column: {separator.join(row)!r}")
+            raise InputError(
+                f"{visible.shown(manifest)}: a row lacks a path or a column: {separator.join(row)!r}"
+            )
     return [
         (row[path], None if label is None else row[label].strip() or None) for row in rows
     ], label is not None

@@ -32,6 +32,7 @@ from xcli.store import State, Store, open_store, peek
 from xcli.summaries import add_summaries
 from xcli.summary import FAILURES, Done, pending, summarised
 from xcli.summary import Summary as Summary
+from xcli.visible import shown
 from xcli.yamlfile import read_yaml
 
 LOG = logging.getLogger(__name__)
@@ -95,8 +96,9 @@ def refuse_other_config(root: Path, config: Config, fingerprint: str) -> None:
         for key in unlike
         if not any(f"{key}.".startswith(f"{free}.") for free in (*EVALUATION, *ANYWHERE))
     ]
+    more = "; ..." if len(changed) > 4 else ""
     raise ConfigError(
-        f"{root} holds a run with another config ({'; '.join(changed[:4])}{'; ...' if len(changed) > 4 else ''}); "
+        f"{shown(root)} holds a run with another config ({'; '.join(changed[:4])}{more}); "
         "choose a new output.path, or replace that run with --fresh"
     )
 

@@ -62,6 +62,7 @@ def curves(scores: ScoreTable, folder: Path) -> list[Path]:
         OutputUnwritable: ``folder`` cannot be written.
     """
     paths = []
+    make_folder(folder)
     for metric, methods in curves_of(scores).items():
         path = folder / f"curves-{metric}.png"
         write_file(

@@ -23,6 +23,7 @@ from xcli.errors import ModelError, XaiError
 from xcli.factory import BlackBox, call, seeded
 from xcli.preprocess import Preprocess
 from xcli.programs import load_program
+from xcli.visible import shown
 from xcli.weights import SUFFIXES, fill, load_weights, read_state_dict
 
 Source = Literal["demo", "torchvision", "timm", "factory", "exported"]
@@ -88,7 +89,7 @@ def torchvision(spec: ModelSpec) -> Built:
         record = getattr(offers, "DEFAULT", None)
         module = _torchvision_from_file(spec) if spec.weights != "none" else _torchvision_built(spec, None)
     else:
-        _known(spec.weights, offers.__members__, f"weights of {spec.name}")
+        _known(spec.weights, offers.__members__, f"weights of {shown(spec.name)}")
         record = offers[spec.weights]
         with _cached(record.url):
             module = _torchvision_built(spec, record)
@@ -198,7 +199,7 @@ def factory(spec: ModelSpec) -> Built:
     if isinstance(made, type) or not callable(made):
         kind = f"the class {made.__name__}" if isinstance(made, type) else f"a {type(made).__name__}"
         raise ModelError(
-            f"factory {spec.name} returned {kind}, not an nn.Module or a function of pictures (N, C, H, W) that "
+            f"factory {shown(spec.name)} returned {kind}, not an nn.Module or a function of pictures (N, C, H, W) that "
             "returns (N, L), alone or as a pair with its preprocessing"
         )
     if not isinstance(made, nn.Module):
@@ -207,7 +208,7 @@ def factory(spec: ModelSpec) -> Built:
         load_weights(made, spec.weights)
     elif spec.weights not in ("DEFAULT", "none"):
         raise ModelError(
-            f"factory {spec.name} offers no weights {spec.weights!r}; name a file, or leave `weights` out"
+            f"factory {shown(spec.name)} offers no weights {spec.weights!r}; name a file, or leave `weights` out"
         )
     return Built(
         made, _preprocess(keys, spec.name), (), spec.weights if is_file_name(spec.weights) else "factory"
@@ -223,7 +224,9 @@ def _preprocess(keys: Any, name: str) -> Preprocess | None:
         }
         return Preprocess(**fields)
     except (TypeError, ValueError, XaiError) as error:
-        raise ModelError(f"factory {name} returned a preprocessing that cannot be used: {error}") from error
+        raise ModelError(
+            f"factory {shown(name)} returned a preprocessing that cannot be used: {error}"
+        ) from error
 
 
 def exported(spec: ModelSpec) -> Built:
@@ -265,7 +268,7 @@ def _arguments_of(spec: ModelSpec) -> Iterator[None]:
         if not spec.args:
             raise
         raise ModelError(
-            f"{spec.source} model {spec.name} cannot be built with {dict(spec.args)}: {error}"
+            f"{spec.source} model {shown(spec.name)} cannot be built with {dict(spec.args)}: {error}"
         ) from error
 
 

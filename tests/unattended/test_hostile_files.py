@@ -48,6 +48,11 @@ def idle(xai):
     return xai("methods", "gradcam").peak
 
 
+def mostly_long(names, *short):
+    """Parameters, of which those not named are for the long tests."""
+    return [name if name in short else pytest.param(name, marks=pytest.mark.soak) for name in names]
+
+
 def refused(ended, *words):
     """It ended with exit code 2 and one message that a terminal can take, and not with a traceback."""
     assert ended.code == 2, ended.stderr
@@ -82,7 +87,7 @@ CONFIGS = {
 
 
 @pytest.mark.case(NAMES, "refused with file, line and column, escapes written out", "2")
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", mostly_long(CONFIGS, "tag", "escape in a path"))
 def test_a_hostile_config_is_refused_in_little_memory(xai, idle, tmp_path, ends, name):
     content, word = CONFIGS[name]
     config = tmp_path / "c.yaml"
@@ -96,7 +101,7 @@ def test_a_hostile_config_is_refused_in_little_memory(xai, idle, tmp_path, ends,
 
 
 @pytest.mark.case(NAMES, "refused with file, line and column, escapes written out", "2")
-@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "loop", "missing"])
+@pytest.mark.parametrize("kind", mostly_long(["folder", "fifo", "device", "loop", "missing"], "fifo"))
 def test_a_config_that_is_no_file_is_refused(xai, tmp_path, ends, kind):
     config = tmp_path / f"c{ESCAPE}.yaml"
     match kind:
@@ -239,7 +244,10 @@ def test_hostile_weights_are_refused(tmp_path, name):
 @pytest.mark.case(WEIGHTS, "refused, and nothing of it is run", "2")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", ["code.pt", "bomb.pt", "numbers.pt", "fifo.pt", "claim of 100 MB.safetensors"]
+    "name",
+    mostly_long(
+        ["code.pt", "bomb.pt", "numbers.pt", "fifo.pt", "claim of 100 MB.safetensors"], "code.pt", "bomb.pt"
+    ),
 )
 def test_the_command_refuses_hostile_weights_in_little_memory(xai, idle, tmp_path, ends, name):
     photos(tmp_path / "in", 1)
@@ -700,7 +708,7 @@ HARM = {
 
 
 @pytest.mark.case(RUNS, "refused: what is wrong in which place of the file", "2")
-@pytest.mark.parametrize("name", HARM)
+@pytest.mark.parametrize("name", mostly_long(HARM, "external link", "no choices"))
 def test_the_command_refuses_a_run_of_someone_else(xai, scored, tmp_path, ends, name):
     kind, harm, commands = HARM[name]
     root = shutil.copytree(scored, tmp_path / "out")

@@ -172,7 +172,14 @@ def test_nothing_is_written_outside_the_output(sandbox, ends):
     assert sandbox.ended["explain"].stdout
 
 
-@pytest.mark.parametrize("label", ["../../x", "/tmp/x", "..", "a/b", "[red]", "\x1b[2J", "a\nb", ""])
+@pytest.mark.parametrize(
+    "label",
+    [
+        "../../x",
+        "\x1b[2J",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("/tmp/x", "..", "[red]", "a\nb", "")),
+    ],
+)
 def test_a_name_of_a_result_that_is_a_path_is_refused(xai, tmp_path, label):
     photos(tmp_path / "in", 1)
     config = plain(tmp_path / "in", tmp_path / "out", methods=[{"name": "gradcam", "as": label}])
@@ -187,7 +194,14 @@ def test_a_name_of_a_result_that_is_a_path_is_refused(xai, tmp_path, label):
 
 
 @pytest.mark.case(LINKS, "not written through; the output folder itself may be one", "6")
-@pytest.mark.parametrize("name", ["overlays", "overlays/gradcam", "parts", "locks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "overlays/gradcam",
+        "parts",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("overlays", "locks")),
+    ],
+)
 def test_no_link_inside_the_output_is_written_through(xai, tmp_path, ends, name):
     photos(tmp_path / "in", 2)
     elsewhere = tmp_path / "elsewhere"

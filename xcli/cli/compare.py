@@ -73,12 +73,13 @@ def score_baselines(run: Path, metrics: list[str] | None) -> bool:
     from xcli.progress import listen, reporter
     from xcli.scorecard import add_baselines
     from xcli.tuning import keep_freed_memory
+    from xcli.visible import shown
 
     listen()
     keep_freed_memory()
     try:
         done = add_baselines(run if run.is_dir() else run.parent, reporter(quiet=False), metrics)
     except (ConfigError, InputError, ModelError, OutputUnwritable) as error:
-        cure = f"the baselines of {run} are not scored yet, for which its model has to run"
+        cure = f"the baselines of {shown(run)} are not scored yet, for which its model has to run"
         raise type(error)(f"{error}\n{cure}; --no-baselines compares without them") from None
     return bool(done.failed)
