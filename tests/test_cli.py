@@ -504,6 +504,7 @@ def test_an_output_below_a_file_ends_with_6(xai, place: Path, tmp_path: Path):
         assert str(tmp_path / "file") in ended.stderr
 
 
+@pytest.mark.soak
 def test_an_output_in_use_ends_with_5(xai, place: Path, tmp_path: Path, spawned: Commands):
     call = ["explain", place / "config.yaml", "--output", tmp_path / "run"]
     spawned.start(*call, wait_at=[2, str(tmp_path / "running"), str(tmp_path / "go on")])
@@ -517,7 +518,9 @@ def test_an_output_in_use_ends_with_5(xai, place: Path, tmp_path: Path, spawned:
     assert xai(*call).code == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)]
+)
 def test_a_signal_ends_with_its_code_and_the_same_command_goes_on(
     xai, place: Path, tmp_path: Path, spawned: Commands, number: int, code: int
 ):

@@ -388,6 +388,7 @@ def test_an_evaluation_that_was_killed_is_left_alone_by_others(place: Path, maps
             np.testing.assert_array_equal(values, expected[name], err_msg=name)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("option", [{"score": "logit"}, {"steps": 4}])
 def test_an_update_never_mixes_two_definitions_in_a_column(tmp_path: Path, option: dict[str, Any]):
     folder, root = tmp_path / "photos", tmp_path / "run"
