@@ -7,6 +7,8 @@ Wide networks are for the long tests: what a method gives on them is held to a r
 ``case(what, happens, exit)`` belongs to a row, and its fixture ``ends`` holds the exit code to the one of the row.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path

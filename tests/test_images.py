@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from unattended.hostile import bomb
 
+from xcli.contents import LARGE
 from xcli.errors import ConfigError, InputError
 from xcli.images import SUFFIXES, BadImage, Batch, find_images, image_size, read_image, stream
 from xcli.preprocess import Preprocess
@@ -549,3 +550,31 @@ def test_finding_is_quick(tmp_path):
     start = time.perf_counter()
     assert len(find_images([str(tmp_path)])) == 5_000
     assert time.perf_counter() - start < 10
+
+
+# ---------------------------------------------------------------- good files with odd contents
+
+
+def test_a_film_behind_a_picture_is_no_scan_of_it(tmp_path):
+    file = write(tmp_path / "moving.jpg", quadrants(64, 48))
+    plain = pixels(read_image(file))
+    with open(file, "ab") as more:  # noqa: PTH123
+        more.write(b"\xff\xda\x00\x02" * 500)
+    assert (pixels(read_image(file)) == plain).all()
+
+
+@pytest.mark.parametrize("most", [99, 4095])
+def test_a_grey_map_of_any_depth_is_read_pixel_by_pixel(tmp_path, most):
+    values = np.arange(500 * 450, dtype=np.uint32).reshape(450, 500) % (most + 1)
+    content = b"P5\n500 450\n%d\n" % most + values.astype(">u2" if most > 255 else "u1").tobytes()
+    assert read_image(write(tmp_path / "grey.pgm", content)).size == (500, 450)
+
+
+def test_large_files_are_let_go_good_or_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr("xcli.contents.SLACK", 100)
+    file = write(tmp_path / "large.png", quadrants(64, 48))
+    for _ in range(3):
+        read_image(file)
+        with pytest.raises(BadImage):
+            read_image(write(tmp_path / "bad.png", b"x" * 200))
+    assert not LARGE.locked()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import re
 import textwrap
 import warnings
 import zipfile
@@ -531,6 +533,53 @@ def test_exported_programs_take_hooks_and_give_gradients(tmp_path):
     x = torch.randn(5, 3, 32, 32)
     assert_close(model.module(x), net(x))
     assert survey(model.module, x[:1]).default.name == "1"
+
+
+class Scaled(nn.Module):
+    """Sizes that are no whole numbers, and names as converters write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("block/1", nn.Conv2d(3, 4, 3))
+        self.parts = nn.ModuleDict({"cls head": nn.Linear(4, 3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(self.get_submodule("block/1")(x), scale_factor=1.5)
+        return self.parts["cls head"](x.mean((2, 3)) * x.shape[2] ** 0.5)
+
+
+def scaled(file: Path) -> nn.Module:
+    net = Scaled().eval()
+    sizes = {0: torch.export.Dim("n"), 2: torch.export.Dim("h", min=8), 3: torch.export.Dim("w", min=8)}
+    x = torch.randn(2, 3, 12, 10)
+    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=(sizes,), strict=False), file)
+    return net
+
+
+def test_exported_programs_may_scale_sizes_and_name_modules_freely(tmp_path):
+    net, x = scaled(tmp_path / "net.pt2"), torch.randn(3, 3, 16, 14)
+    model = load_model(ModelSpec("exported", str(tmp_path / "net.pt2"), preprocess=PLAIN))
+    assert_close(model.module(x), net(x))
+
+
+def test_an_exported_program_whose_module_names_are_python_is_refused(payload, tmp_path):
+    """PyTorch compiles them; the carriage return ends the function that they stand in."""
+    file, bad = tmp_path / "net.pt2", tmp_path / "bad.pt2"
+    torch.export.save(program(Net().eval()), file)
+    name = f'c")\r[open("{payload}", "w")]\rdef rest():\r    #('
+    poisoned = 0
+    with zipfile.ZipFile(file) as good, zipfile.ZipFile(bad, "w") as out:
+        for member in good.namelist():
+            text = good.read(member).decode("latin-1")
+            text, found = re.subn(
+                r'("nn_module_stack": "[^"]*,)head,', lambda m: f"{m[1]}{json.dumps(name)[1:-1]},", text
+            )
+            poisoned += found
+            out.writestr(member, text.encode("latin-1"))
+    assert poisoned
+    with pytest.raises(ModelError, match="may hold code: nn_module_stack"):
+        SOURCES["exported"](ModelSpec("exported", str(bad)))
+    assert not payload.exists()
 
 
 def test_exported_programs_that_cannot_be_used_are_refused(tmp_path):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from store_driver import part, run
 
+from xcli import results
 from xcli.errors import InputError
 from xcli.results import open_run
+from xcli.soundness import sources_of
 
 
 def test_reading_a_run(tmp_path):
@@ -39,6 +41,18 @@ def test_heatmaps_of_chosen_rows(tmp_path, rows):
     chosen = slice(None) if rows is None else np.asarray(rows, dtype=int) if isinstance(rows, list) else rows
     with open_run(tmp_path) as found:
         np.testing.assert_array_equal(found.heatmap("rise", rows), maps[chosen])
+
+
+def test_the_parts_of_maps_are_listed_once(tmp_path, monkeypatch):
+    """A list of thousands takes longer than reading a few maps does, and an evaluation reads a few at a time."""
+    run(tmp_path, 11, layout="parts")
+    listed = []
+    with open_run(tmp_path) as found:
+        monkeypatch.setattr(results, "sources_of", lambda maps: listed.append(maps.name) or sources_of(maps))
+        for row in range(3):
+            found.heatmap("rise", row)
+            found.heatmap("gradcam", row)
+    assert listed == ["/heatmaps/rise", "/heatmaps/gradcam"]
 
 
 def test_reading_errors_say_what_to_do(tmp_path):

@@ -16,6 +16,7 @@ from xcli.execution import numbers_of, out_of_memory
 from xcli.images import BadImage, Source, image_size
 from xcli.models import Model, find_logits
 from xcli.preprocess import Preprocess
+from xcli.targets import label_classes
 
 
 def refuse_underflow(config: Config) -> None:
@@ -108,3 +109,25 @@ def noise(preprocess: Preprocess, size: tuple[int, int], device: torch.device, d
         0, 256, (1, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     return preprocess.normalise(pixels.to(device), dtype)
+
+
+def class_labels(
+    config: Config, sources: Sequence[Source], categories: Sequence[str], count: int
+) -> dict[str, int]:
+    """Class index of each label among the images' (``targets.label_classes``).
+
+    Raises:
+        ConfigError: the config needs labels and none of them is a class; or it asks for right and wrong answers of a
+            model with a single logit, which names no class.
+    """
+    labels = sorted({source.label for source in sources if source.label})
+    found = label_classes(labels, categories, count, folders=config.images.labels == "folder")
+    if count == 1 and config.images.only in ("wrong", "correct"):
+        raise config.error(("images", "only"), "the model has a single logit, so no class is right or wrong")
+    if labels and not found and config.needs_labels:
+        known = f"; its classes are {', '.join(map(repr, categories[:3]))}, ..." if categories else ""
+        some = ", ".join(map(repr, labels[:3]))
+        raise config.error(
+            ("images", "labels"), f"none of the labels ({some}, ...) is a class of the model{known}"
+        )
+    return found

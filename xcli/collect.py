@@ -15,7 +15,6 @@ from torch import Tensor
 
 from xcli import scoring
 from xcli.batches import Result
-from xcli.durable import writing
 from xcli.entries import MethodSpec
 from xcli.images import BadImage, Source, read_image
 from xcli.panels import CELL, PanelRow, panel
@@ -218,9 +217,7 @@ class Pictures:
     def _no_picture(self, label: str, named: tuple[str, str | None]) -> None:
         """Remove what an earlier run may have left where there is nothing to show."""
         for kind in ("overlay", "heatmap"):
-            path = picture_path(self.root, kind, label, *named)
-            with writing(path):
-                path.unlink(missing_ok=True)
+            self.writer.remove(picture_path(self.root, kind, label, *named))
 
     def _on_original(self, source: int, levels: Tensor, geometry: Geometry) -> Image.Image | None:
         try:

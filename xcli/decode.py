@@ -137,15 +137,23 @@ def _moved(
 def image_size(file: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) after EXIF orientation.
 
-    From the header; only PNG and TIFF, which may keep their orientation behind the pixels, are decoded.
+    From the headers, wherever they lie: no pixel is decoded, for a decoder that crashes here would take the run with it
+    before anything is noted (``breadcrumbs``). Left of that danger is libwebp, which reads a WebP's header.
 
     Raises:
-        BadImage: as `decode` does.
+        BadImage: as `decode` does; not where only the pixels are damaged.
     """
     with _opened(file, max_pixels) as stored:
-        if stored.format == "TIFF" or (stored.format == "PNG" and "exif" not in stored.info):
-            stored.load()
         width, height = stored.size
+        if isinstance(
+            stored, TiffImagePlugin.TiffImageFile
+        ):  # some versions of Pillow have turned the size already
+            width, height = (
+                int(stored.tag_v2[tag]) for tag in (ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength)
+            )
+        elif stored.format == "PNG" and "exif" not in stored.info:
+            stored.load_prepare()
+            stored.load_end()  # reads what lies behind the pixels, past them
         return (height, width) if _orientation(stored) in _SIDEWAYS else (width, height)
 
 
@@ -193,7 +201,8 @@ def _orientation(stored: ImageFile) -> int:
     try:
         if len(stored.info.get("exif", b"")) > LARGEST_EXIF:
             return 1
-        return int(stored.getexif().get(ExifTags.Base.Orientation, 1))
+        found = Image.Image.getexif(stored)  # that of a PNG would decode it first
+        return int(found.get(ExifTags.Base.Orientation, 1))
     except _DAMAGE:
         return 1
 

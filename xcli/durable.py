@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,8 @@ from xcli.errors import OutputLocked, OutputUnwritable
 from xcli.visible import shown as shown
 
 _passes: Counter[str] = Counter()
+NOTE = 1 << 16
+"""Most bytes that are read of a small file."""
 
 
 def failpoint(name: str) -> None:
@@ -119,6 +122,22 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         done = os.pwrite(descriptor, view, offset)
         view, offset = view[done:], offset + done
+
+
+def read_note(path: Path) -> tuple[bytes, os.stat_result]:
+    """What a small file holds, its first `NOTE` bytes, and which file it is.
+
+    Raises:
+        OSError: it cannot be read, or is a link or anything but a regular file, which might never end or answer.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return os.pread(descriptor, NOTE, 0), found
+    finally:
+        os.close(descriptor)
 
 
 def new_file(path: Path) -> int:
@@ -222,7 +241,7 @@ def is_held(path: Path) -> bool:
     """Whether some process holds the lock ``path``."""
     with writing(path):
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             return False
         try:
@@ -237,7 +256,7 @@ def is_held(path: Path) -> bool:
 def held_by_another(path: Path) -> OutputLocked:
     """The error to raise for the held lock ``path``."""
     try:
-        holder = json.loads(path.read_bytes())
+        holder = json.loads(read_note(path)[0])
         who = shown(f"process {holder['pid']} on {holder['host']}, started {holder['started']}")
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"

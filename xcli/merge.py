@@ -6,6 +6,7 @@ before HDF5 writes a byte, because HDF5 does not survive a full disk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from xcli.survey import Layout, Piece, Survey, is_score, parts_of, reading
 LOCKS, RECORD_LOCK, EVALUATION_LOCK = "locks", "record.lock", "evaluation.lock"
 DERIVED = ("metrics.csv", "metrics.csv.tmp", "curves-*.png", "curves-*.png.tmp")
 """What is made of the scores in results.h5 and goes with it. The first is written last: where it is, all are."""
+_SHARD_LOCK = re.compile(r"[0-9]+-of-([0-9]+)\.lock")
 
 
 # --- state ---------------------------------------------------------------------------------------------------
@@ -107,7 +109,8 @@ def layers_of(root: Path, saved: Saved, layout: Layout) -> list[list[Piece]]:
 
 def _unfinished(root: Path, gaps: Sequence[int]) -> str:
     named = ", ".join(map(str, gaps[:8])) + (", ..." if len(gaps) > 8 else "")
-    counts = {int(path.stem.split("-of-")[1]) for path in (root / LOCKS).glob("*-of-*.lock")}
+    locks = (_SHARD_LOCK.fullmatch(path.name) for path in (root / LOCKS).glob("*-of-*.lock"))
+    counts = {int(lock[1]) for lock in locks if lock}
     if len(counts) == 1 and (count := counts.pop()) > 1:
         owners = sorted({number % count + 1 for number in gaps})
         named += f" (of the shards {', '.join(f'{shard}/{count}' for shard in owners)})"

@@ -17,7 +17,7 @@ from typing import Literal, Self
 
 from PIL import Image
 
-from xcli.durable import unwritable
+from xcli.durable import unwritable, writing
 from xcli.errors import OutputUnwritable
 
 Kind = Literal["overlay", "heatmap", "panel"]
@@ -167,6 +167,16 @@ class PictureWriter:
         self._pending.append((self._pool.submit(self._store, path, image), path, size))
         self._paths.add(path)
         self._bytes += size
+
+    def remove(self, path: Path) -> None:
+        """Remove what an earlier run may have left in the place of a picture that is not drawn.
+
+        Raises:
+            OutputUnwritable: it cannot be removed, or lies behind a link.
+        """
+        with writing(path):
+            self._refuse_links(path.parent)
+            path.unlink(missing_ok=True)
 
     def flush(self) -> None:
         """Return when every picture given so far is in place.

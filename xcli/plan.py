@@ -14,6 +14,7 @@ from torch import Tensor
 from xcli import calibration, references, tuning
 from xcli.choices import (
     chosen_device,
+    class_labels,
     input_size,
     logit_count,
     noise,
@@ -33,7 +34,7 @@ from xcli.models import Model, find_logits, load_model
 from xcli.preprocess import Preprocess
 from xcli.score import Score
 from xcli.scoring import Pair, Scoring, all_pairs, practised, scoring_of
-from xcli.targets import ClassRows, Predicted, Target, label_classes, resolve
+from xcli.targets import ClassRows, Predicted, Target, resolve
 from xcli.weights import weights_hash
 
 PART_SECONDS = 60.0
@@ -192,55 +193,61 @@ def prepared(
     if pairs is None:
         references.refuse_missing(config, begun=bool(known))
     with loaded(config) as (model, digest, device), ExitStack() as undo:
-        size = tuple(known["size"]) if known else input_size(config, model.preprocess, sources)
-        preprocess = model.preprocess.with_size(size)
-        x = noise(preprocess, size, device, dtype_of(config))
-        count = logit_count(model, x)
-        if config.model.categories != "auto" and len(model.categories) != count:
-            text = f"the model gives {count} logits, but {len(model.categories)} names are listed"
-            raise config.error(("model", "categories"), text)
-        last = known["channels_last"] if known else wants_channels_last(config, model, x)
-        if last:
-            undo.enter_context(tuning.channels_last(model.module))
-            x = x.contiguous(memory_format=torch.channels_last)
-        layers = survey(model.module, x, model.output)
-        names = known.get("layers", {})
-        methods = tuple(pinned(config, index, layers, names) for index in range(len(config.methods)))
-        plan = Plan(
-            config=config,
-            model=model,
-            device=device,
-            preprocess=preprocess,
-            size=size,
-            targets=resolve_targets(config, model.categories, count),
-            classes=class_labels(config, sources, model.categories, count),
-            methods=methods,
-            layers=layers,
-            execution=Execution(1, AUTOCAST.get(config.runtime.precision)),
-            channels_last=last,
-            weights_sha256=digest,
-            scoring=scoring_of(
-                config, all_pairs(config) if pairs is None else pairs, sources, model.categories, x
-            ),
-        )
-        whole = [*(spec.method.needs for spec in methods), *(m.metric.needs for m in plan.scoring.metrics)]
-        if config.runtime.fold and not any("structure" in needs for needs in whole):
-            plan = replace(plan, folds=undo.enter_context(tuning.folded(model.module, x, plan.at)))
-        if pairs is not None:  # maps are there to be scored
-            busy = {label for label, metric in pairs if "method" in metric.metric.consumes}
-            plan = replace(plan, idle=frozenset(spec.label for spec in methods if spec.label not in busy))
-        plan = references.with_pictures(plan, known)
-        yield tried(calibration.with_cutoffs(plan, known, quick=quick), x, known)
+        with fitting(model.name):
+            size = tuple(known["size"]) if known else input_size(config, model.preprocess, sources)
+            preprocess = model.preprocess.with_size(size)
+            x = noise(preprocess, size, device, dtype_of(config))
+            count = logit_count(model, x)
+            if config.model.categories != "auto" and len(model.categories) != count:
+                text = f"the model gives {count} logits, but {len(model.categories)} names are listed"
+                raise config.error(("model", "categories"), text)
+            last = known["channels_last"] if known else wants_channels_last(config, model, x)
+            if last:
+                undo.enter_context(tuning.channels_last(model.module))
+                x = x.contiguous(memory_format=torch.channels_last)
+            layers = survey(model.module, x, model.output)
+            names = known.get("layers", {})
+            methods = tuple(pinned(config, index, layers, names) for index in range(len(config.methods)))
+            plan = Plan(
+                config=config,
+                model=model,
+                device=device,
+                preprocess=preprocess,
+                size=size,
+                targets=resolve_targets(config, model.categories, count),
+                classes=class_labels(config, sources, model.categories, count),
+                methods=methods,
+                layers=layers,
+                execution=Execution(1, AUTOCAST.get(config.runtime.precision)),
+                channels_last=last,
+                weights_sha256=digest,
+                scoring=scoring_of(
+                    config, all_pairs(config) if pairs is None else pairs, sources, model.categories, x
+                ),
+            )
+            whole = [
+                *(spec.method.needs for spec in methods),
+                *(m.metric.needs for m in plan.scoring.metrics),
+            ]
+            if config.runtime.fold and not any("structure" in needs for needs in whole):
+                plan = replace(plan, folds=undo.enter_context(tuning.folded(model.module, x, plan.at)))
+            if pairs is not None:  # maps are there to be scored
+                busy = {label for label, metric in pairs if "method" in metric.metric.consumes}
+                plan = replace(plan, idle=frozenset(spec.label for spec in methods if spec.label not in busy))
+            plan = references.with_pictures(plan, known)
+            plan = tried(calibration.with_cutoffs(plan, known, quick=quick), x, known)
+        yield plan
 
 
 @contextmanager
 def loaded(config: Config) -> Iterator[tuple[Model, str, torch.device]]:
     """The model, frozen on its device with arithmetic in full precision; its weights' hash; the device."""
     device, spec = chosen_device(config.runtime.device), config.model_spec()
-    with fitting(spec.name), ExitStack() as undo:
-        model = load_model(spec, device)
-        digest = weights_hash(model.module)
-        model.module.to(dtype_of(config))
+    with ExitStack() as undo:
+        with fitting(spec.name):
+            model = load_model(spec, device)
+            digest = weights_hash(model.module)
+            model.module.to(dtype_of(config))
         if device.type == "cuda":
             undo.enter_context(torch.cuda.device(device))
         undo.enter_context(tuning.exact())
@@ -261,28 +268,6 @@ def pinned(config: Config, index: int, layers: Layers, known: Mapping[str, Seque
     except ModelError as error:
         where = ("methods", index, "layer") if "layer" in spec.method.needs else ("methods", index)
         raise config.error(where, str(error)) from None
-
-
-def class_labels(
-    config: Config, sources: Sequence[Source], categories: Sequence[str], count: int
-) -> dict[str, int]:
-    """Class index of each label among the images' (``targets.label_classes``).
-
-    Raises:
-        ConfigError: the config needs labels and none of them is a class; or it asks for right and wrong answers of a
-            model with a single logit, which names no class.
-    """
-    labels = sorted({source.label for source in sources if source.label})
-    found = label_classes(labels, categories, count, folders=config.images.labels == "folder")
-    if count == 1 and config.images.only in ("wrong", "correct"):
-        raise config.error(("images", "only"), "the model has a single logit, so no class is right or wrong")
-    if labels and not found and config.needs_labels:
-        known = f"; its classes are {', '.join(map(repr, categories[:3]))}, ..." if categories else ""
-        some = ", ".join(map(repr, labels[:3]))
-        raise config.error(
-            ("images", "labels"), f"none of the labels ({some}, ...) is a class of the model{known}"
-        )
-    return found
 
 
 def tried(plan: Plan, x: Tensor, known: Mapping[str, Any]) -> Plan:
@@ -339,7 +324,7 @@ def fitting_batch(plan: Plan, used: int, images: int) -> int:
 
 def surveyed(config: Config) -> Layers:
     """The layers of a config's model, at its input size (224 x 224 where that is the images' own)."""
-    with loaded(config) as (model, _, device):
+    with loaded(config) as (model, _, device), fitting(config.model_spec().name):
         size = config.images.size or model.preprocess.size or (224, 224)
         x = noise(model.preprocess.with_size(size), size, device, dtype_of(config))
         logit_count(model, x)

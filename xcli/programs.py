@@ -1,7 +1,8 @@
 """Exported programs (.pt2) looked through before PyTorch loads them: what in one would run code.
 
 PyTorch evaluates the sizes in a program as Python, looks its operators up by any name below ``torch`` and unpickles
-some members. Here sizes must be arithmetic, operators must be operators, names must be names.
+some members, and it writes names into Python that it compiles. Here sizes must be arithmetic, operators must be
+operators, names must be names.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _OPERATOR = re.compile(
     r"|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_)"
 )
 _NAME = re.compile(r"[\w.-]*")
-_QUOTED = re.compile(r"'\w*'")
+_MODULES = {"fqn", "parameter_name", "buffer_name", "tensor_constant_name"}
+"""Where names of modules and of their tensors stand: any text, as converters write 'block/1' or 'cls head'."""
+_QUOTED = re.compile(r"'(\w*|[\d.e+-]*)'")
 _ARITHMETIC = re.compile(r"[\w\s.,=()+*/<>&|~%-]*")
 _CALL = re.compile(r"(\w+)\s*\(")
 # fmt: off
@@ -37,9 +40,14 @@ _CALLED = {
     "Symbol", "Integer", "Float", "Rational", "Add", "Mul", "Pow", "Mod", "Max", "Min", "Abs",
     "FloorDiv", "CleanDiv", "CeilDiv", "IntTrueDiv", "FloatTrueDiv", "ModularIndexing", "PythonMod",
     "Where", "FloatPow", "PowByNatural", "ToFloat", "TruncToInt", "RoundToInt", "CeilToInt",
-    "FloorToInt", "Identity", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Equality",
+    "FloorToInt", "TruncToFloat", "RoundDecimal",
+    "Identity", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Equality",
     "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "Piecewise",
     "floor", "ceiling",
+} | {
+    f"OpaqueUnaryFn_{name}" for name in (
+        "sqrt", "cos", "cosh", "sin", "sinh", "tan", "tanh", "asin", "acos", "atan", "exp", "log", "asinh", "log2",
+    )
 }
 # fmt: on
 """Functions of sizes."""
@@ -144,27 +152,32 @@ def _refuse_strange(program: Any, file: Path) -> None:
     while waiting:
         key, value = waiting.pop()
         if isinstance(value, dict):
-            if key != "metadata":  # what a node was made from: never run
-                waiting += value.items()
+            # of what a node was made from, the names of its modules become Python, and nothing else
+            waiting += [(k, v) for k, v in value.items() if key != "metadata" or k == "nn_module_stack"]
         elif isinstance(value, list):
             waiting += [(key, entry) for entry in value]
         elif isinstance(value, str) and not is_expected(key, value):
             raise ModelError(
-                f"{shown(file)} holds code: {key} {shown(value)[:100]!r} is not what torch.export writes, and loading "
-                "it could run anything; export the model again"
+                f"{shown(file)} is refused, as it may hold code: {key} {shown(value)[:100]!r} is none of the "
+                "operators, sizes and names known to run nothing as they are loaded; export it without, or give "
+                "the model as Python (`source: factory`)"
             )
 
 
 def is_expected(key: str, text: str) -> bool:
     """Whether the text of a key is an operator, a size, a name, as the key says."""
     match key:
-        case "target":
+        case "target" | "as_operator":
             return _OPERATOR.fullmatch(text) is not None
         case "expr_str":
             return is_arithmetic(text)
         case "in_spec" | "out_spec":
             return "__enum__" not in text  # imports a module
-        case _ if key == "name" or key.endswith("_name") or key.endswith("_names") or key == "fqn":
+        case "nn_module_stack":  # its names are written between double quotes
+            return text.isprintable() and not set(text) & set('"\\')
+        case _ if key in _MODULES:
+            return text.isprintable() and not set(text) & set("\"'`()\\")
+        case _ if key == "name" or key.endswith("_name") or key.endswith("_names"):
             return _NAME.fullmatch(text) is not None
     return True
 

@@ -6,6 +6,7 @@ would else show far from here, or not at all.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ def refuse_nonsense(document: Mapping[str, Any], inputs: Sequence[Source]) -> No
         "attrs": is_table(attrs) and all(key and is_plain(value) for key, value in attrs.items()),
         "resolved": is_table(resolved),
     }
+    if said["attrs"]:
+        said["attrs.versions"] = is_table_of_text(attrs.get("versions", "{}"))
     if said["resolved"]:
         said |= {f"resolved.{key}": right for key, right in choices(resolved).items()}
     wrong = [key for key, right in said.items() if not right]
@@ -112,6 +115,15 @@ def is_text(value: object) -> bool:
 def is_list(value: object) -> bool:
     """A list."""
     return isinstance(value, list)
+
+
+def is_table_of_text(text: object) -> bool:
+    """JSON that holds texts by key."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(map(is_text, found.values()))
 
 
 def is_table(value: object) -> bool:

@@ -65,6 +65,7 @@ class RunResults:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._sound: set[str] = set()  # parts that were looked through
+        self._sound_maps: set[str] = set()  # maps all of whose parts were
         with self._refusing():
             self._file = opened(path)
         try:
@@ -161,11 +162,14 @@ class RunResults:
 
     def _look_through_parts(self, maps: h5py.Dataset) -> None:
         """Refuse parts that are no better than a results.h5 may be: what they point to would be read, too."""
+        if maps.name in self._sound_maps:  # to list thousands of parts takes longer than to read a few maps
+            return
         for source in sources_of(maps):
             if source not in self._sound:
                 with self._refusing():
                     opened(self.path.parent / source).close()
                 self._sound.add(source)
+        self._sound_maps.add(maps.name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """That of one map ``name``: (H, W) or (C, H, W)."""

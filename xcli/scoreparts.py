@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xcli.config import Config
 from xcli.durable import failpoint, locked, make_folder, refuse_links, shown, write_file, writing
@@ -18,6 +19,7 @@ from xcli.parts import Part, part_bytes
 from xcli.plan import Plan
 from xcli.provenance import makers
 from xcli.record import RESULTS, Saved
+from xcli.recordcheck import is_whole
 from xcli.results import open_run
 from xcli.scoring import Pair, identity
 from xcli.summaries import add_summaries
@@ -25,6 +27,8 @@ from xcli.survey import Piece, is_score, parts_of
 
 LOG = logging.getLogger(__name__)
 FOLDER, STATE = "evaluation", "evaluation.json"
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""None was begun, or what is left of it cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,10 @@ class Work:
         refuse_links(root, (FOLDER, f"{FOLDER}/{name}"))
         folder = root / FOLDER / name
         try:
-            length = int(json.loads((folder / STATE).read_bytes())["length"])
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # none was begun, or what is left of it cannot be used
+            length = state_of(folder)["length"]
+            if not is_whole(length, 1):
+                raise ValueError("no part is that long")
+        except UNUSABLE:
             length = plan.part_length
             if folder.is_dir():
                 discard(folder)
@@ -135,28 +136,41 @@ def discard(folder: Path) -> None:
 
 def begun(root: Path, wanted: object) -> list[Path]:
     """Where scores of the pairs ``wanted`` were begun."""
-    return [folder for folder in sorted((root / FOLDER).glob("*/")) if pairs_of(folder) == wanted]
+    return [folder for folder in folders(root) if pairs_of(folder) == wanted]
+
+
+def folders(root: Path) -> list[Path]:
+    """Those of evaluations; what is in one that is a link is none of ours, and would be removed."""
+    inside = () if (root / FOLDER).is_symlink() else (root / FOLDER).glob("*/")
+    return sorted(folder for folder in inside if not folder.is_symlink())
 
 
 def pairs_of(folder: Path) -> list[list[str]] | None:
     """The pairs whose scores lie in ``folder``; ``None`` where that cannot be told."""
     try:
-        found: list[list[str]] = json.loads((folder / STATE).read_bytes())["pairs"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = state_of(folder)["pairs"]
+        return [[str(text) for text in (label, metric, made)] for label, metric, made in found]
+    except UNUSABLE:
         return None
-    return found
+
+
+def state_of(folder: Path) -> Any:
+    """What the evaluation in ``folder`` noted when it began, as it says. Raises one of ``UNUSABLE``."""
+    if not (folder / STATE).is_file():  # a FIFO would never answer
+        raise ValueError(f"{STATE} is not there")
+    return json.loads((folder / STATE).read_bytes())
 
 
 def tidy(root: Path) -> None:
     """Remove what is left of evaluations that had not begun or whose scores are all in results.h5; nothing, while one
     is running."""
-    folders = sorted((root / FOLDER).glob("*/"))
-    if not folders:
+    found = folders(root)
+    if not found:
         with suppress(OSError):  # it is not there, as nearly always
             (root / FOLDER).rmdir()
         return
     with suppress(OutputLocked, OutputUnwritable), locked(root / LOCKS / EVALUATION_LOCK):
-        for folder in folders:
+        for folder in found:
             pairs = pairs_of(folder) or []
             with open_run(root) as run:
                 done = all(run.is_scored(*pair) for pair in pairs)

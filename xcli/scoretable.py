@@ -46,7 +46,7 @@ class Column:
         identity: tells apart what is measured with another ground truth or other checkpoints; empty where unknown.
         values: (rows,), NaN where not defined; ``None`` where it is one number a run alone.
         summary: the number of the run; ``None`` where the mean of the values says it all.
-        broken: (rows,), whether what is explained, or the map, is not finite; ``None`` where the run does not say.
+        broken: (rows,), whether what is explained, the map, or a step to the value is not finite; ``None``: not known.
     """
 
     kind: str
@@ -219,9 +219,18 @@ def _columns(stored: h5py.File, label: str) -> Iterator[tuple[str, Column]]:
                     None if values is None else np.asarray(values[...]),
                     None if summary is None else float(summary[()]),
                     str(attrs.get("identity", "")),
-                    broken,
+                    _torn(stored.get(f"curves/{label}/{metric}"), values, broken),
                 ),
             )
+
+
+def _torn(curve: h5py.Dataset | None, values: h5py.Dataset | None, broken: Rows | None) -> Rows | None:
+    """``broken``, and the rows without a value whose curve begins with numbers and goes on without."""
+    if curve is None or values is None:
+        return broken
+    finite = np.isfinite(curve[...])
+    torn: Rows = np.isnan(values[...]) & finite.any(1) & ~finite.all(1)
+    return torn if broken is None else broken | torn
 
 
 def _broken(stored: h5py.File, label: str) -> Rows | None:

@@ -79,7 +79,7 @@ class Done:
             what = (
                 "explanations have no finite score"
                 if path.startswith("e")
-                else f"maps of {path[7:]} are not finite"
+                else f"maps of {path[7:]} are not finite or not there"
             )
             if count:
                 LOG.warning("%d %s: see /%s in results.h5", count, what, path)

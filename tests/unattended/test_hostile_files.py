@@ -11,6 +11,7 @@ import signal
 import struct
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -21,11 +22,14 @@ from safetensors.torch import save_file
 from store_driver import opened, run
 
 import xcli
+from xcli.breadcrumbs import Decoding, breadcrumbs, forget
 from xcli.demo import nets
 from xcli.errors import ConfigError, InputError, ModelError, XaiError
 from xcli.merge import merge_run
+from xcli.preprocess import Preprocess
 from xcli.programs import is_expected, refuse_code
 from xcli.record import load
+from xcli.scoreparts import STATE, Work
 from xcli.scoretable import curves_of, read_curve, read_scores
 from xcli.weights import load_weights
 
@@ -284,6 +288,8 @@ def test_weights_that_are_not_finite_are_told(caplog, tmp_path):
         ("target", "torch.ops.aten.from_file.default"),
         ("target", "torch.ops.image.write_file.default"),
         ("name", "x; import os"),
+        ("name", "block/1"),
+        ("as_operator", "torch.os.system"),
     ],
 )
 def test_an_exported_program_that_would_run_code_is_refused(tmp_path, key, text):
@@ -299,7 +305,7 @@ def test_an_exported_program_that_would_run_code_is_refused(tmp_path, key, text)
         with zipfile.ZipFile(tmp_path / "net.pt2", "w") as archive:
             archive.writestr("net/models/model.json", json.dumps({"graph_module": graph}))
         if given:
-            with pytest.raises(ModelError, match="holds code"):
+            with pytest.raises(ModelError, match="may hold code"):
                 refuse_code(tmp_path / "net.pt2")
         else:
             refuse_code(tmp_path / "net.pt2")
@@ -312,6 +318,9 @@ def test_an_exported_program_that_would_run_code_is_refused(tmp_path, key, text)
         ("Add(Mul(Integer(2), Symbol('s0')), Integer(-1))", True),
         ("2*s0 + 1", True),
         ("floor(s0/2) - 1.5", True),
+        ("TruncToInt(Mul(Float('1.5', precision=53), ToFloat(Symbol('s0'))))", True),
+        ("TruncToFloat(RoundDecimal(OpaqueUnaryFn_sqrt(Float('1.0e-5', precision=53)), 1))", True),
+        ("Add('os.system', 1)", False),
         ("eval('1')", False),
         ("s0.__class__", False),
         ("s0 . real", False),
@@ -324,6 +333,17 @@ def test_an_exported_program_that_would_run_code_is_refused(tmp_path, key, text)
 )
 def test_a_size_is_arithmetic(text, right):
     assert is_expected("expr_str", text) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("d.cls head", True), ("block/1", True), ("a:b-c", True)]
+    + [(text, False) for text in ("a\rimport os", 'a")', "a\\", "a'", "a(b)")],
+)
+def test_a_module_may_have_any_name_that_stays_one(text, right):
+    """PyTorch writes it between double quotes in Python that it compiles."""
+    for key in ("fqn", "parameter_name", "buffer_name"):
+        assert is_expected(key, text) is right
 
 
 # --- run files -----------------------------------------------------------------------------------------------
@@ -582,11 +602,12 @@ def test_a_hole_makes_no_room(made, tmp_path):
 
 # --- records -------------------------------------------------------------------------------------------------
 
+VERSIONS = [{"versions": text} for text in ("nope", "[]", '{"torch": 2}', 2, "[" * 100_000)]
 RECORDS = {
     "part_length": [0, -1, 1.5, "4", True, 10**30, None],
     "generations": [[], [5], [11, 3, 11], [-1, 11], ["11"], 11, [10**18]],
     "base": [-1, 12, "0", None],
-    "attrs": [[], {"": "x"}, {"model": None}, {"model": [1]}, {"seed": 10**30}, {"a": "\udc00\ud800"}],
+    "attrs": [[], *VERSIONS, {"": "x"}, {"model": None}, {"model": [1]}, {"seed": 10**30}, {"a": "\udc00\ud800"}],
     "resolved": [[], {"size": [1, 2, 3]}, {"size": [10**9, 10**9]}, {"batch_size": 0}, {"layout": "x"}, {"shapes": 3}],
     "categories": ["abc", [1], None, ["\0"]],
     "fingerprint": [1, None],
@@ -653,6 +674,72 @@ def test_a_record_that_is_no_file_is_refused(made, tmp_path, name, kind):
             file.write_text("9" * 10_000)
     with pytest.raises(ConfigError, match="record of the run"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, -1, True, "4", 1.5, None, [1]])
+def test_scores_in_parts_of_no_length_are_begun_anew(made, tmp_path, length):
+    root = shutil.copytree(made / "merged", tmp_path / "run")
+    plan = SimpleNamespace(
+        config=None, scoring=SimpleNamespace(pairs=[]), device=torch.device("cpu"), part_length=4
+    )
+    begun = Work.open(root, load(root), plan)
+    (begun.folder / STATE).write_text(json.dumps({"pairs": [], "length": length}))
+    assert Work.open(root, load(root), plan).length == 4
+    assert json.loads((begun.folder / STATE).read_text())["length"] == 4
+
+
+def test_what_no_shard_has_locked_names_none(made, tmp_path):
+    root = shutil.copytree(made / "unmerged", tmp_path / "run")
+    (root / "locks/x-of-y.lock").touch()
+    (root / "parts/00001.h5").unlink()
+    with pytest.raises(ConfigError, match="not finished"):
+        merge_run(root)
+
+
+# --- notes ---------------------------------------------------------------------------------------------------
+
+
+def spoiled_note(path: Path, kind: str) -> None:
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case _:
+            path.write_text(kind)
+
+
+NOTES = ["folder", "fifo", "device", '{"x": "y"}', '{"0": 5}', '{"0": null, "-1": "x", "١": "y"}', "[[0, 1]]",
+         "9" * 5000, "[" * 60_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOTES, ids=lambda kind: kind[:20])
+def test_a_note_of_someone_else_says_nothing(tmp_path, caplog, kind):
+    decoding = Decoding(Preprocess(resize=(16, 16)), (255, 255, 255), 10**6, True)
+    for name in ("9-of-9.crashes", "9-of-9.reading"):
+        spoiled_note(tmp_path / name, kind)
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "9-of-9.lock")
+    with breadcrumbs(tmp_path, "1-of-1", [], decoding) as crumbs:
+        assert crumbs.refused == {}
+    if kind in ("folder", "fifo", "device"):
+        assert "9-of-9.reading is ignored" in caplog.text
+    forget(tmp_path)
+
+
+def test_a_note_that_cannot_be_removed_stays(tmp_path, caplog, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(1, "not permitted")
+
+    (tmp_path / "9-of-9.reading").write_bytes(bytes(8))
+    decoding = Decoding(Preprocess(resize=(16, 16)), (255, 255, 255), 10**6, True)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr("xcli.breadcrumbs.new_file", lambda path: os.open(path, os.O_RDWR | os.O_CREAT))
+    with breadcrumbs(tmp_path, "1-of-1", [], decoding):
+        pass
+    assert "9-of-9.reading stays: not permitted" in caplog.text
 
 
 # --- the command ---------------------------------------------------------------------------------------------

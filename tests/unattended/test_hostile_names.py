@@ -19,7 +19,9 @@ from scored_runs import scored_run
 from xcli.durable import refuse_links
 from xcli.errors import OutputUnwritable
 from xcli.leaderboard import compared
+from xcli.pictures import PictureWriter
 from xcli.results import open_run
+from xcli.scoreparts import tidy
 from xcli.scoretable import read_scores, write_csv
 from xcli.scoretext import show, table
 from xcli.visible import shown
@@ -260,6 +262,35 @@ def test_the_output_folder_itself_may_be_a_link(tmp_path):
     (tmp_path / "disk/parts").symlink_to(tmp_path)
     with pytest.raises(OutputUnwritable, match="is a link"):
         refuse_links(tmp_path / "out", ("locks", "parts"))
+
+
+def test_no_picture_is_removed_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    mine = tmp_path / "elsewhere/a.png.png"
+    mine.touch()
+    (tmp_path / "out/overlays/rise").mkdir(parents=True)
+    (tmp_path / "out/overlays/gradcam").symlink_to(mine.parent)
+    own = tmp_path / "out/overlays/rise/a.png.png"
+    own.symlink_to(mine)
+    with PictureWriter(root=tmp_path / "out") as writer:
+        with pytest.raises(OutputUnwritable, match="is a link"):
+            writer.remove(tmp_path / "out/overlays/gradcam/a.png.png")
+        writer.remove(own)
+        writer.remove(own)
+    assert not own.is_symlink()
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("name", ["evaluation", "evaluation/x"])
+def test_no_scores_are_removed_through_a_link(tmp_path, name):
+    mine = tmp_path / "elsewhere/x/mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    run = scored_run(tmp_path / "run", {"gradcam": {"road": [0.5]}})
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(mine.parent if "/" in name else mine.parent.parent)
+    tidy(run)
+    assert mine.exists()
 
 
 # --- text ------------------------------------------------------------------------------------------------------

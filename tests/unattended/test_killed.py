@@ -8,15 +8,19 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from runs import Commands, photos, plain, same, written
 from store_driver import columns_of, run
 
-from xcli.breadcrumbs import Breadcrumbs, Decoding, breadcrumbs, crashing, forget
+from xcli.breadcrumbs import Breadcrumbs, Decoding, Trial, breadcrumbs, crashing, forget
+from xcli.decode import image_size
+from xcli.durable import locked
 from xcli.errors import Interrupted
 from xcli.images import find_images
 from xcli.preprocess import Preprocess
@@ -387,11 +391,10 @@ def left(locks: Path, rows: list[int], name: str = "1-of-1") -> None:
 def test_a_verdict_is_kept_and_whose_rows_are_read_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
-    def guilty(suspects: dict[int, Any], _: Decoding) -> tuple[list[int], str]:
+    def guilty(suspects: dict[int, Any], _: Decoding) -> Trial:
         asked.append(list(suspects))
-        return (
-            ([*suspects][: list(suspects).index(2) + 1], "it crashes") if 2 in suspects else ([*suspects], "")
-        )
+        rows = list(suspects)
+        return Trial(rows[: rows.index(2) + 1], "it crashes") if 2 in rows else Trial(rows)
 
     monkeypatch.setattr("xcli.breadcrumbs.tried", guilty)
     locks = tmp_path / "locks"
@@ -410,9 +413,7 @@ def test_a_verdict_is_kept_and_whose_rows_are_read_is_noted(tmp_path: Path, monk
 def test_what_a_dead_shard_was_reading_is_looked_into_by_others_and_that_of_a_living_one_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from xcli.durable import locked
-
-    monkeypatch.setattr("xcli.breadcrumbs.tried", lambda suspects, _: ([min(suspects)], "it crashes"))
+    monkeypatch.setattr("xcli.breadcrumbs.tried", lambda suspects, _: Trial([min(suspects)], "it crashes"))
     locks = tmp_path / "locks"
     left(locks, [1], "2-of-3")
     left(locks, [2], "3-of-3")
@@ -433,7 +434,13 @@ def test_only_a_crash_is_a_crash(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("does", "said"), [("kill -SEGV $$", "crashes on it (SIGSEGV)"), ("kill -INT $$", ""), ("exit 1", "")]
+    ("does", "said"),
+    [
+        ("kill -SEGV $$", "crashes on it (SIGSEGV)"),
+        ("kill -INT $$", ""),
+        ("exit 1", ""),
+        ("kill -KILL $$", ""),
+    ],
 )
 def test_a_process_that_dies_names_the_image_it_had_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, said: str
@@ -446,13 +453,73 @@ def test_a_process_that_dies_names_the_image_it_had_begun(
     assert crashing(suspects_of(tmp_path), DECODING) == ({1: f"the decoder {said}"} if said else {})
 
 
-def test_an_image_that_does_not_end_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def late(call: list[str], **_: Any) -> Any:
-        if not crashed:
-            crashed.append(True)
-            raise subprocess.TimeoutExpired(call, 60, output=b"0\n")
-        return subprocess.CompletedProcess(call, 0, b"1\n2\n")
+LATE, KILL = None, -int(signal.SIGKILL)
 
-    crashed: list[bool] = []
-    monkeypatch.setattr("subprocess.run", late)
-    assert crashing(suspects_of(tmp_path), DECODING) == {0: "the decoder does not end on it (60 s)"}
+
+@pytest.mark.parametrize(
+    ("ends", "verdicts"),
+    [
+        ([(b"0", LATE), (b"0", LATE), (b"1 2", 0)], {0: "the decoder does not end on it (60 s)"}),
+        ([(b"0", LATE), (b"0", 0), (b"1 2", 0)], {}),
+        ([(b"0 1", KILL), (b"1", KILL), (b"2", 0)], {1: "the decoder crashes on it (SIGKILL)"}),
+        ([(b"0 1", KILL), (b"", KILL), (b"2", 0)], {}),
+        ([(b"0", 1), (b"1", -int(signal.SIGTERM)), (b"2", -int(signal.SIGSEGV))],
+         {2: "the decoder crashes on it (SIGSEGV)"}),
+        ([(b"", KILL)], {}),
+    ],
+    ids=["late", "late once", "killed", "killed once", "other ends", "not begun"],
+)  # fmt: skip
+def test_what_may_come_from_elsewhere_must_happen_twice_and_the_others_are_still_tried(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: list[tuple[bytes, int | None]],
+    verdicts: dict[int, str],
+):
+    def run_once(call: list[str], **_: Any) -> Any:
+        begun, code = ends[len(calls)]
+        calls.append(call)
+        if code is LATE:
+            raise subprocess.TimeoutExpired(call, 60, output=begun)
+        return subprocess.CompletedProcess(call, code, begun)
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr("subprocess.run", run_once)
+    assert crashing(suspects_of(tmp_path), DECODING) == verdicts
+    assert len(calls) == len(ends)
+
+
+def test_the_notes_of_a_shard_that_begins_meanwhile_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    for number in (2, 3, 4):
+        (locks / f"{number}-of-4.reading").write_bytes(bytes([number - 1, *[0] * 7]))
+    with ExitStack() as others:
+
+        def slow(suspects: dict[int, Any], _: Decoding) -> Trial:
+            others.enter_context(locked(locks / "2-of-4.lock"))  # its own notes are not made yet
+            (locks / "3-of-4.reading").unlink()
+            (locks / "3-of-4.reading").write_bytes(b"\1" + bytes(7))  # it has begun, and died again
+            return Trial(list(suspects))
+
+        monkeypatch.setattr("xcli.breadcrumbs.tried", slow)
+        with crumbs_of(locks, "1-of-4"):
+            found = sorted(path.name for path in locks.glob("*.reading"))
+    assert found == ["1-of-4.reading", "2-of-4.reading", "3-of-4.reading"]
+
+
+def test_the_input_size_is_found_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A decoder that crashes there would take every run with it, before anything is noted."""
+    files = []
+    for turn in (1, 6):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        for kind in ("png", "tif"):
+            files.append(tmp_path / f"{turn}.{kind}")
+            Image.new("RGB", (30, 20)).save(files[-1], exif=exif, compression="tiff_lzw")
+    late = files[2].read_bytes()  # the orientation, behind the pixels
+    start = late.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(late[start : start + 4], "big")
+    files[2].write_bytes(late[:start] + late[stop:-12] + late[start:stop] + late[-12:])
+    for kind in ("ImageFile.ImageFile", "TiffImagePlugin.TiffImageFile"):
+        monkeypatch.setattr(f"PIL.{kind}.load", lambda _: pytest.fail("decoded"))
+    assert [image_size(str(file)) for file in files] == [(30, 20), (30, 20), (20, 30), (20, 30)]

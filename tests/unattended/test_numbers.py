@@ -337,3 +337,18 @@ def test_a_gate_over_one_number_a_run_that_is_not_finite_fails(tmp_path: Path, v
         (verdict,) = judge(parse(text), read_scores(run))
         assert not verdict.passed
         assert verdict.line().startswith("FAIL")
+
+
+def test_a_gate_fails_where_a_step_to_the_value_was_not_a_number(tmp_path: Path):
+    """The picture has a score and a map; with part of it removed, the network gave NaN."""
+    curve = [[1, 0.5, 0.2], [1, np.nan, 0.2], [np.nan] * 3]  # the third row was not measured
+    found = read_scores(
+        scored_run(
+            tmp_path / "run",
+            {"a": {"deletion": [0.1, np.nan, np.nan]}},
+            lower=["deletion"],
+            curves={"a": {"deletion": (curve, [0, 0.5, 1])}},
+        )
+    )
+    (verdict,) = judge(parse("deletion<=0.3"), found)
+    assert (verdict.passed, verdict.broken) == (False, 1)

@@ -157,12 +157,13 @@ def tell(summary: Summary) -> None:
         else ""
     )
     if summary.failed:
-        LOG.warning(
-            "%d of %d images failed: why is in /images/error of results.h5; mend them and explain again "
-            "with --fresh",
-            summary.failed,
-            summary.images,
+        where = "/images/error of results.h5"
+        cure = (
+            f"{where}; mend them and explain again with --fresh"
+            if summary.results
+            else f"{where}, once merged"
         )
+        LOG.warning("%d of %d images failed: why is in %s", summary.failed, summary.images, cure)
     if flat := ", ".join(f"{name} {count}" for name, count in summary.flat.items() if count):
         LOG.warning("flat maps: %s; which is in /status of results.h5", flat)
     if summary.results is not None:
