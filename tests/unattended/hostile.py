@@ -120,13 +120,21 @@ def slow() -> Iterator[tuple[str, bytes, str]]:
     progressive = encoded("JPEG", progressive=True)
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     yield "scans.jpg", progressive[:-2] + scan * 2_000 + progressive[-2:], r"damaged \(more than 100 scans\)"
-    yield "exifs.jpg", with_segment(segment(0xE1, exif()) * 2_000), r"damaged \(more than 100 blocks of EXIF.*\)"
+    yield (
+        "exifs.jpg",
+        with_segment(segment(0xE1, exif()) * 2_000),
+        r"damaged \(more than 100 blocks of EXIF.*\)",
+    )
     yield "fill.jpg", with_segment(b"\xff" * 210_000), r"damaged \(too many pieces\)"
     yield "chunks.png", with_chunk(chunk(b"abCd", b"") * 101_000), r"damaged \(too many pieces\)"
     yield "comments.ppm", b"P3 400 400 255\n" + b"#\n1 " * 250_000, r"damaged \(more than 10000 comments\)"
     size = ((256, 3, 1, 3_000), (257, 3, 1, 3_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1))
     strips = ((273, 4, 500_000, 200), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, 500_000, 200))
-    yield "strips.tif", tiff(*size, *strips).ljust(2_000_300, b"\1"), r"damaged \(more than \d+ values in a tag\)"
+    yield (
+        "strips.tif",
+        tiff(*size, *strips).ljust(2_000_300, b"\1"),
+        r"damaged \(more than \d+ values in a tag\)",
+    )
 
 
 def contents() -> Iterator[tuple[str, bytes, str | None]]:
