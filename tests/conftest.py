@@ -9,6 +9,7 @@ Wide networks are for the long tests: what a method gives on them is held to a r
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.soak)
         if case := item.get_closest_marker("case"):
             item.user_properties.append(("case", [item.path.name, *map(str, case.args)]))
+
+
+@pytest.fixture(autouse=True)
+def heard() -> None:
+    """What the package says reaches ``caplog``, whatever a command did to its logger before."""
+    logger = logging.getLogger("xcli")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -189,7 +189,11 @@ def contents() -> Iterator[tuple[str, bytes, str | None]]:
         "damaged .*|not an image",
     )
     for suffix, data in announced():
-        yield f"announced.{suffix}", data, "too many pixels .*|not an image"
+        yield (
+            f"announced.{suffix}",
+            data,
+            r"too many pixels .*|not an image|damaged \(could not create decoder object\)",
+        )
     yield "bomb.png", bomb(9_500, 9_500), r"too many pixels \(9500x9500 > 89478485\)"
     yield (
         "mistaken.png",
