@@ -25,7 +25,17 @@ def metric_of(name: str) -> Metric:
     return cls(**cls.small)
 
 
-@pytest.mark.parametrize("promise", contract.PROMISES, ids=lambda promise: promise.__name__)
+LONG = (contract.order_and_company_do_not_matter, contract.a_recorded_pass_gives_the_same)
+"""Promises for the long tests: what breaks them most often breaks another one, too."""
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [
+        pytest.param(p, marks=[pytest.mark.soak] if p in LONG else [], id=p.__name__)
+        for p in contract.PROMISES
+    ],
+)
 @pytest.mark.parametrize("name", sorted(metrics()))
 def test_every_metric_keeps_every_promise(name, promise, network):
     with frozen(network):
