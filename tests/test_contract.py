@@ -52,6 +52,8 @@ ALONE = (
 )
 SECOND = (contract.has_right_shape_and_is_finite,)
 """In a plain run on the second network: of methods that refuse the first; of those with a way of their own."""
+LONG = (contract.order_and_company_do_not_matter, contract.a_recorded_pass_gives_the_same)
+"""For the long tests on every network: what breaks them most often breaks another promise, too."""
 OWN_WAY = ("gradcam", "xgradcam", "layercam", "eigencam", "scorecam", "fullgrad", "saliency", "attnlrp")
 
 
@@ -64,7 +66,8 @@ def promises() -> Iterator[ParameterSet]:
             for promise in contract.PROMISES:
                 plain = promise in (ALONE if alone else SECOND if name in OWN_WAY else ())
                 if (name, net) not in contract.REFUSED:
-                    marks = [] if plain or net == "shapes-cnn" else [pytest.mark.soak]
+                    plain |= net == "shapes-cnn" and promise not in LONG
+                    marks = [] if plain else [pytest.mark.soak]
                     yield pytest.param(name, net, promise, marks=marks, id=f"{name}-{net}-{promise.__name__}")
 
 
