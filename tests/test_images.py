@@ -10,6 +10,7 @@ import threading
 import time
 import tracemalloc
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -558,7 +559,7 @@ def test_finding_is_quick(tmp_path):
 def test_a_film_behind_a_picture_is_no_scan_of_it(tmp_path):
     file = write(tmp_path / "moving.jpg", quadrants(64, 48))
     plain = pixels(read_image(file))
-    with open(file, "ab") as more:  # noqa: PTH123
+    with Path(file).open("ab") as more:
         more.write(b"\xff\xda\x00\x02" * 500)
     assert (pixels(read_image(file)) == plain).all()
 
